@@ -1,0 +1,45 @@
+# Everything a new user types: `make demo`, `make test`. Each makes .venv first; nothing outside this folder is touched.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test test-all bench lint format clean
+
+demo: $(VENV)/run.stamp  ## render clips, pre-train on them, draw what was learned
+	$(BIN)/python -m train.pretrain
+
+test: $(VENV)/dev.stamp  ## the quick tier, under 3 minutes
+	$(BIN)/python -m pytest -q -m "not long"
+
+test-all: $(VENV)/dev.stamp  ## everything
+	$(BIN)/python -m pytest -q
+
+bench: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest bench/ --benchmark-only
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+
+# constraints.txt pins torch to a release that a CPU-only package index offers as a CPU build: pip takes that one where it sees it
+$(VENV)/run.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV) ..."
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/run.stamp
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) *.egg-info

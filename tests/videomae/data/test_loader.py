@@ -1,0 +1,139 @@
+"""The pool: the same batches whoever reads them, and clips that hang, crash or are damaged skipped by name."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from tests.videos import moving_frames, write_video
+
+from videomae.data.augment import Augment
+from videomae.data.dataset import ClipReader, Order, Sample
+from videomae.data.loader import Loader, LoaderConfig
+
+READER = ClipReader(frames=4, size=(16, 16), stride=1, augment=Augment(), seed=0)
+
+
+@pytest.fixture
+def paths(tmp_path):
+    return [str(write_video(tmp_path / f"{i}.mp4", moving_frames(12, 24, 32, seed=i))) for i in range(5)]
+
+
+def batches_of(count, size, num_videos=5, views=1):
+    order = Order(num_videos, 0, views)
+    return [order.samples(k * size, size) for k in range(count)]
+
+
+def collect(paths, batches, workers, reader=READER, **options):
+    size = max(map(len, batches))
+    with Loader(reader, paths, batches, batch_size=size, workers=workers, **options) as loader:
+        return [batch._replace(frames=batch.frames.clone()) for batch in loader]
+
+
+def test_gives_the_same_batches_with_any_number_of_workers(paths):
+    batches = batches_of(7, 4, views=2)
+    here = collect(paths, batches, workers=0)
+    assert [list(batch.samples) for batch in here] == batches
+    for batch in here:
+        assert batch.frames.dtype == torch.uint8
+        assert batch.frames.shape == (4, 4, 16, 16, 3)
+        assert batch.weight.tolist() == [1] * 4
+        for frames, sample in zip(batch.frames, batch.samples, strict=True):
+            assert torch.equal(frames, torch.from_numpy(READER.read(paths[sample.index], [sample])[0]))
+    for workers in (1, 3):
+        for got, wanted in zip(collect(paths, batches, workers), here, strict=True):
+            assert torch.equal(got.frames, wanted.frames)
+            assert torch.equal(got.keys, wanted.keys)
+            assert got.samples == wanted.samples
+
+
+def test_takes_batches_of_different_sizes_and_starts_anywhere(paths):
+    batches = batches_of(6, 3)
+    whole = collect(paths, batches, workers=1)
+    part = collect(paths, [batches[4][:2], batches[5]], workers=1)
+    assert torch.equal(part[0].frames, whole[4].frames[:2])
+    assert torch.equal(part[1].frames, whole[5].frames)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skips_unreadable_files_by_name_and_keeps_their_place(paths, tmp_path, workers):
+    (tmp_path / "1.mp4").write_bytes(b"nothing")
+    os.remove(tmp_path / "3.mp4")
+    samples = [Sample(0, i, 0) for i in range(5)]
+    batch = collect(paths, [samples], workers)[0]
+    assert batch.weight.tolist() == [1, 0, 1, 0, 1]
+    assert [(skip.sample.index, skip.path) for skip in batch.skips] == [(1, paths[1]), (3, paths[3])]
+    assert "Invalid data" in batch.skips[0].reason
+    assert "no such file" in batch.skips[1].reason
+    assert batch.frames[1].max() == batch.frames[3].max() == 0
+    assert batch.frames[2].max() > 0
+
+
+def test_ends_a_worker_that_hangs_and_goes_on(paths, tmp_path):
+    # opening a pipe that nobody writes to blocks in C, and no exception or signal handler gets it out
+    os.remove(paths[2])
+    os.mkfifo(paths[2])
+    batches = [[Sample(e, i, 0) for i in range(5)] for e in range(2)]
+    begin = time.monotonic()
+    got = collect(paths, batches, workers=2, config=LoaderConfig(timeout=2))
+    assert time.monotonic() - begin < 30
+    for batch in got:
+        assert batch.weight.tolist() == [1, 1, 0, 1, 1]
+        assert "longer than 2 s" in batch.skips[0].reason
+    # a clip that waited behind it in the same worker is read all the same
+    whole = collect(paths, [[Sample(1, 4, 0)]], workers=0)[0]
+    assert torch.equal(got[1].frames[4], whole.frames[0])
+
+
+def test_replaces_a_killed_worker_and_skips_its_clip(paths):
+    os.remove(paths[2])
+    os.mkfifo(paths[2])
+    batches = [[Sample(0, 2, 0)], *batches_of(6, 4, num_videos=2)]
+    with Loader(READER, paths, batches, batch_size=4, workers=1, config=LoaderConfig(timeout=60)) as loader:
+        stream = iter(loader)
+        deadline = time.monotonic() + 30
+        while not (loader.worker_pids and b"\0" in open(f"/proc/{loader.worker_pids[0]}/cmdline", "rb").read()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(4)  # started, and stuck on the pipe
+        os.kill(loader.worker_pids[0], signal.SIGKILL)
+        first = next(stream)
+        assert first.weight.tolist() == [0]
+        assert "died (SIGKILL)" in first.skips[0].reason
+        rest = list(stream)
+    assert len(rest) == 6
+    assert all(batch.weight.min() == 1 for batch in rest)
+
+
+def test_replays_known_skips_without_reading(paths):
+    known = {Sample(0, 1, 0): "hung last time"}
+    batch = collect(paths, [[Sample(0, i, 0) for i in range(3)]], workers=1, known_skips=known)[0]
+    assert batch.weight.tolist() == [1, 0, 1]
+    assert batch.skips[0].reason == "hung last time"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bug_is_no_unreadable_video(paths, workers):
+    broken = ClipReader(frames=4, size=(16, 16), stride=1, augment="not a setting", seed=0)
+    with pytest.raises((RuntimeError, AttributeError), match="scales"):
+        collect(paths, batches_of(1, 2), workers, reader=broken)
+
+
+def test_leaves_no_process_behind(paths):
+    with Loader(READER, paths, batches_of(100, 4), batch_size=4, workers=2) as loader:
+        next(iter(loader))
+        pids = loader.worker_pids
+        assert len(pids) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_passes_on_an_error_in_the_order_itself(paths):
+    def broken():
+        yield batches_of(1, 2)[0]
+        raise KeyError("order")
+
+    with Loader(READER, paths, broken(), batch_size=2, workers=1) as loader, pytest.raises(KeyError, match="order"):
+        list(loader)

@@ -1,0 +1,80 @@
+"""Command lines from dataclasses: `[RECIPE] [--flag VALUE] [--section.field VALUE]`, with errors of one line and exit code 2."""
+
+import contextlib
+import dataclasses
+import io
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+
+T = TypeVar("T")
+
+
+def parse(arguments: Sequence[str], recipes: Mapping[str, Callable[[], T]], default: str, *, prog: str, about: str) -> T:
+    """The configuration of a recipe (the first argument, else the default one), changed by flags."""
+    name, flags = default, list(arguments)
+    if flags and not flags[0].startswith("-"):
+        name = flags.pop(0).replace("_", "-")
+        if name not in recipes:
+            refuse(prog, f"no recipe called {name}; there are {', '.join(recipes)}")
+    listing = "\n".join(f"  {key}: {_first_line(recipe)}" for key, recipe in recipes.items())
+    recipe = recipes[name]()
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                type(recipe),
+                default=recipe,
+                args=flags,
+                prog=f"{prog} {name}",
+                description=f"{about}\n\nRecipes (the first argument, default {default}):\n{listing}",
+            )
+    except SystemExit as end:
+        if end.code:
+            refuse(prog, _condense(complaint.getvalue()))
+        raise
+
+
+def refuse(prog: str, message: str) -> NoReturn:
+    """One line on stderr, exit code 2."""
+    print(f"{prog}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def user_errors(prog: str) -> Iterator[None]:
+    """Around the checks of what the user asked for: their ValueErrors and missing files become one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        refuse(prog, " ".join(str(error).split()))
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """A nested dataclass as {"section.field": value}, for json and for comparison; tuples become lists."""
+    out: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            out |= {f"{field.name}.{key}": inner for key, inner in flat(value).items()}
+        else:
+            out[field.name] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
+def _first_line(function: Callable[[], object]) -> str:
+    return typing.cast(str, function.__doc__).strip().splitlines()[0]
+
+
+def _condense(box: str) -> str:
+    """tyro's framed complaint as one line: the complaint, and the flag it thinks was meant."""
+    parts = [" ".join(re.sub("[╭╮╰╯│─]", " ", part).split()) for part in re.split(r"│ ─+ │", box)]
+    # the frame's title stands first, and often once more in the text
+    complaint = re.sub(r"^(?:Value error|Invalid choice|Unrecognized options|Error parsing arguments) ", "", parts[0])
+    complaint = re.sub(r"^Error parsing \w*Config: ", "", complaint)
+    guess = next((found[1] for part in parts if (found := re.search(r"Perhaps you meant: (--[\w.-]+)", part))), None)
+    return complaint + (f" (did you mean {guess}?)" if guess else "") + "; --help lists all flags"

@@ -1,0 +1,191 @@
+"""What a run says while it runs: the progress line, `metrics.jsonl`, TensorBoard, and the steps that were not finite.
+
+Scalars stay on the device until they have arrived on the host by themselves, a step or two later: no step waits for them.
+"""
+
+import json
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from kernels.launch import check
+
+_LAG = 2  # steps after which a scalar is waited for, if it has not arrived
+
+
+@dataclass(frozen=True)
+class Logging:
+    """How often a run reports; steps."""
+
+    every: int = 10  # a line of metrics.jsonl and of TensorBoard
+    picture_every: int = 1000  # a reconstruction picture; there is always one at the end
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        check(self.every >= 1, f"log.every must be at least 1; got {self.every}")
+        check(self.picture_every >= 1, f"log.picture-every must be at least 1; got {self.picture_every}")
+
+
+class TooManyNonFinite(Exception):
+    """Loss or gradient was inf or nan for too many steps in a row."""
+
+
+@dataclass
+class _Step:
+    step: int
+    values: Tensor  # [loss, gradient norm, 1.0 if skipped], on the host
+    arrived: Any  # a CUDA event, or None
+    lr: float
+    clips: int
+    skipped: int
+    waited: float  # seconds, for data
+    paths: Sequence[str]
+
+
+class RunLog:
+    """One run's reports; use it inside `with`."""
+
+    def __init__(self, out: Path, config: Logging, *, start: int, steps: int, max_nonfinite: int) -> None:
+        self._config, self._out, self._steps, self._max_nonfinite = config, out, steps, max_nonfinite
+        self._pending: deque[_Step] = deque()
+        self._nonfinite = self._in_a_row = self._skipped = 0
+        _forget_after(out / "metrics.jsonl", start)
+        _forget_after(out / "nonfinite.jsonl", start)
+        self._metrics = open(out / "metrics.jsonl", "a", buffering=1)
+        self._board = _open_board(out / "tensorboard", start) if config.tensorboard else None
+        self._interactive = sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=start, disable=not self._interactive, unit="step", dynamic_ncols=True)
+        self._begin_window()
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        self._metrics.close()
+        if self._board is not None:
+            self._board.close()
+
+    def say(self, text: str) -> None:
+        """A line above the progress bar."""
+        tqdm.write(text, file=sys.stderr)
+
+    def push(
+        self, step: int, values: Tensor, *, lr: float, clips: int, skipped: int, waited: float, paths: Sequence[str]
+    ) -> None:
+        """Report a step, counted from 1. values: [loss, gradient norm, 1.0 if it was not finite], still on the device.
+
+        Raises TooManyNonFinite when such steps reach their limit in a row.
+        """
+        arrived = None
+        if values.is_cuda:
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            values = host.copy_(values, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._pending.append(_Step(step, values, arrived, lr, clips, skipped, waited, paths))
+        self._bar.update()
+        while self._pending and (self._pending[0].arrived is None or self._pending[0].arrived.query()):
+            self._consume(self._pending.popleft())
+        while len(self._pending) > _LAG:
+            self._pending[0].arrived.synchronize()
+            self._consume(self._pending.popleft())
+
+    def flush(self) -> None:
+        """Wait for and write all that is pending."""
+        while self._pending:
+            if self._pending[0].arrived is not None:
+                self._pending[0].arrived.synchronize()
+            self._consume(self._pending.popleft())
+
+    def _begin_window(self) -> None:
+        self._window: list[_Step] = []
+        self._since = time.monotonic()
+
+    def _consume(self, done: _Step) -> None:
+        loss, norm, nonfinite = done.values.tolist()
+        self._skipped += done.skipped
+        self._in_a_row = self._in_a_row + 1 if nonfinite else 0
+        if nonfinite:
+            self._nonfinite += 1
+            with open(self._out / "nonfinite.jsonl", "a") as file:
+                file.write(json.dumps({"step": done.step, "loss": str(loss), "grad_norm": str(norm), "clips": list(done.paths)}) + "\n")
+        self._window.append(done)
+        if done.step % self._config.every == 0 or done.step == self._steps:
+            self._report(done)
+        if self._in_a_row >= self._max_nonfinite:
+            raise TooManyNonFinite(
+                f"loss or gradient was not finite for {self._in_a_row} steps in a row, up to step {done.step}; "
+                f"the weights are as they were before them. Their clips are in {self._out / 'nonfinite.jsonl'}; "
+                "try a lower --optim.base-lr, --optim.clip-grad 1, or --precision float32"
+            )
+
+    def _report(self, done: _Step) -> None:
+        elapsed = max(time.monotonic() - self._since, 1e-9)
+        finite = [s.values.tolist() for s in self._window if not s.values[2]]
+        entry = {
+            "step": done.step,
+            "loss": _mean([values[0] for values in finite]),
+            "grad_norm": _mean([values[1] for values in finite]),
+            "lr": done.lr,
+            "clips_per_second": round(sum(s.clips for s in self._window) / elapsed, 2),
+            "data_wait": round(min(sum(s.waited for s in self._window) / elapsed, 1.0), 4),
+            "skipped_clips": self._skipped,
+            "nonfinite_steps": self._nonfinite,
+            "time": round(time.time(), 3),
+        }
+        self._metrics.write(json.dumps(entry) + "\n")
+        if self._board is not None:
+            for name in ("loss", "grad_norm", "lr", "clips_per_second", "data_wait"):
+                if entry[name] is not None:
+                    self._board.add_scalar(name, entry[name], done.step)
+        self._show(entry)
+        self._begin_window()
+
+    def _show(self, entry: dict) -> None:
+        text = (
+            f"loss {_number(entry['loss'])}  lr {entry['lr']:.2e}  {entry['clips_per_second']:.0f} clips/s  "
+            f"waiting for data {entry['data_wait']:.0%}"
+        )
+        text += f"  {self._skipped} clips skipped" if self._skipped else ""
+        text += f"  {self._nonfinite} steps not finite" if self._nonfinite else ""
+        if self._interactive:
+            self._bar.set_postfix_str(text)
+        else:
+            left = self._bar_left(entry)
+            print(f"step {entry['step']}/{self._steps}  {text}  {left} left", file=sys.stderr, flush=True)
+
+    def _bar_left(self, entry: dict) -> str:
+        clips_left = (self._steps - entry["step"]) * self._window[-1].clips
+        return tqdm.format_interval(clips_left / max(entry["clips_per_second"], 1e-9))
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop lines of steps that a resumed run will do again."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        # a kill can leave half a line at the end
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        path.write_text("".join(kept))
+
+
+def _open_board(folder: Path, start: int):  # noqa: ANN202 - its import takes a second
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=start + 1)

@@ -1,0 +1,97 @@
+"""Pictures of a run: what the model makes of hidden cubes, and the curves of its metrics."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from videomae.clip import from_cubes, to_cubes
+from videomae.masking import Mask
+from videomae.model import Input
+
+_LABEL_WIDTH, _CELL, _GAP, _FONT = 190, 64, 4, 13
+
+
+class Reconstruction(NamedTuple):
+    """Clips uint8 [B, T, H, W, 3]; visible cubes are the original's in all of them."""
+
+    original: Tensor
+    masked: Tensor
+    with_statistics: Tensor  # predictions times the original cube's own deviation, plus its mean
+    without_statistics: Tensor  # with the visible cubes' mean and mean deviation instead: nothing hidden is used
+
+
+def reconstruct(pred: Tensor, frames: Tensor, mask: Mask, input: Input, *, normalized: bool) -> Reconstruction:
+    """Put predictions [B, M, P*C] into frames uint8 [B, T, H, W, C]. normalized: the prediction is of normalised pixels."""
+    channels = len(input.mean)
+    pixels = to_cubes(frames, input.cube).float() / 255
+    cubes = pixels.unflatten(2, (-1, channels))  # [B, N, P, C]
+    means, deviations = cubes.mean(2, keepdim=True), cubes.std(2, keepdim=True) + 1e-6
+    hidden = mask.to_bool()[:, :, None, None]
+    seen = (~hidden).float()
+    visible_mean, visible_deviation = ((x * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True) for x in (means, deviations))
+    guess = torch.zeros_like(pixels).scatter(1, mask.masked[:, :, None].expand_as(pred), pred.float()).unflatten(2, (-1, channels))
+
+    def clip(values: Tensor) -> Tensor:
+        whole = torch.where(hidden, values, cubes).flatten(2)
+        return from_cubes((whole.clamp(0, 1) * 255).round().byte(), input.grid, input.cube)
+
+    return Reconstruction(
+        frames,
+        clip(torch.full_like(cubes, 0.5)),
+        clip(guess * deviations + means if normalized else guess),
+        clip(guess * visible_deviation + visible_mean if normalized else guess),
+    )
+
+
+def draw_reconstruction(made: Reconstruction, input: Input, ratio: float, *, normalized: bool, title: str) -> Image.Image:
+    """A sheet: for each clip a row of originals, masked, predicted; a column for each time slot."""
+    rows = [("original", made.original), (f"masked ({ratio:.0%} hidden)", made.masked)]
+    if normalized:
+        rows += [
+            ("predicted, with each cube's\nown mean and deviation", made.with_statistics),
+            ("predicted, without them", made.without_statistics),
+        ]
+    else:
+        rows += [("predicted", made.with_statistics)]
+    font = ImageFont.load_default(_FONT)
+    height, width = input.size
+    scale = max(_CELL / min(height, width), 1.0)
+    cell_width, cell_height = round(width * scale), round(height * scale)
+    slots = range(0, input.frames, input.cube[0])
+    clip_height = len(rows) * (cell_height + _GAP) + 3 * _GAP
+    sheet = Image.new("RGB", (_LABEL_WIDTH + len(slots) * (cell_width + _GAP), 24 + len(made.original) * clip_height), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((_GAP, _GAP), title, fill="black", font=font)
+    for b in range(len(made.original)):
+        for r, (label, clips) in enumerate(rows):
+            top = 24 + b * clip_height + r * (cell_height + _GAP)
+            pen.text((_GAP, top + cell_height // 2 - 2 * _FONT // 2), label, fill="black", font=font)
+            for column, frame in enumerate(slots):
+                image = Image.fromarray(clips[b, frame].cpu().numpy()).resize((cell_width, cell_height), Image.Resampling.NEAREST)
+                sheet.paste(image, (_LABEL_WIDTH + column * (cell_width + _GAP), top))
+    return sheet
+
+
+def draw_curves(metrics: Path, out: Path) -> None:
+    """Loss, learning rate, speed and data wait over the steps of metrics.jsonl, as a PNG."""
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    panels: Sequence[tuple[str, str, str]] = (
+        ("loss", "loss (normalised pixels)", "tab:blue"),
+        ("lr", "learning rate", "tab:orange"),
+        ("clips_per_second", "clips per second", "tab:green"),
+        ("data_wait", "share of time waiting for data", "tab:red"),
+    )
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    for axes, (name, label, colour) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        points = [(line["step"], line[name]) for line in lines if line[name] is not None]
+        axes.plot(*zip(*points, strict=True), color=colour) if points else None
+        axes.set(xlabel="step", ylabel=label, ylim=(0, 1) if name == "data_wait" else None)
+        axes.grid(alpha=0.3)
+    figure.savefig(out, dpi=110)

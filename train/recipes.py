@@ -1,0 +1,241 @@
+"""Every published pre-training recipe as a value (RECIPES D), and the demo's.
+
+A recipe's docstring gives its command, the hardware it was published with, and the result to expect after fine-tuning.
+All follow the official scripts, not the paper where the two differ: no flip (--augment.flip for the paper's Kinetics), decoder depth 12
+for L and H. Batches are videos per step; the learning rate is 256ths of that, by the linear rule.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
+
+import tyro
+
+from kernels.launch import check
+from train.checkpoint import Checkpointing
+from train.log import Logging
+from train.optim import Optim
+from videomae import masking
+from videomae.data.augment import Augment
+from videomae.data.loader import LoaderConfig
+from videomae.model import Input, size_of
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which model is trained."""
+
+    size: str = "vit_base"  # vit_tiny, vit_small, vit_base, vit_large or vit_huge
+    frames: int = 16
+    image_size: int | tuple[int, int] = 224  # pixels: the side of a square, or height and width
+    cube: tuple[int, int, int] = (2, 16, 16)  # frames, height, width of a token
+    decoder_depth: int = 4
+    recompute: bool = False  # every block recomputes its activations in the backward pass: less memory, a third more time
+
+    def __post_init__(self) -> None:
+        size_of(self.size)
+        check(self.decoder_depth >= 1, f"model.decoder-depth must be at least 1; got {self.decoder_depth}")
+        _ = self.input
+
+    @property
+    def input(self) -> Input:
+        return Input(self.frames, self.image_size, self.cube)
+
+
+@dataclass(frozen=True)
+class Masking:
+    """What is hidden."""
+
+    kind: Literal["tube", "random", "frame"] = "tube"
+    ratio: float = 0.9
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which frames make a clip."""
+
+    stride: int = 4  # frames of the video from one frame of the clip to the next
+    views: int = 1  # crops and masks of each decoded clip; a step then has batch-size * views clips
+
+    def __post_init__(self) -> None:
+        check(self.stride >= 1, f"sampling.stride must be at least 1; got {self.stride}")
+        check(self.views >= 1, f"sampling.views must be at least 1; got {self.views}")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the decoder predicts."""
+
+    normalize: bool = True  # pixels of each cube and channel to mean 0, deviation 1; else pixels in [0, 1]
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A pre-training run."""
+
+    recipe: Annotated[str, tyro.conf.Fixed]
+    data: str | None = None  # folder of videos, or list file (`path label`, `path`, `path 0 -1`); the demo renders its own
+    out: str | None = None  # run folder; runs/pretrain-RECIPE if not given
+    epochs: float | None = None  # length of the run in passes over the videos
+    steps: int | None = None  # length of the run in steps: the whole schedule is fitted into it
+    batch_size: int = 1024  # videos per step, over all micro-batches
+    micro_batch: int | None = None  # clips on the device at a time; planned from its memory if not given
+    seed: int = 0
+    workers: int | None = None  # decoding processes; by the number of cores if not given; 0 decodes in the training process
+    device: Literal["cpu", "cuda"] | None = None  # cuda where there is one, if not given
+    precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    resume: str = "auto"  # auto: go on where the run folder stopped; never: move the old run aside; PATH: from that checkpoint
+    model: Model = field(default_factory=Model)
+    mask: Masking = field(default_factory=Masking)
+    sampling: Sampling = field(default_factory=Sampling)
+    augment: Augment = field(default_factory=Augment)
+    target: Target = field(default_factory=Target)
+    optim: Optim = field(default_factory=Optim)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    log: Logging = field(default_factory=Logging)
+    checkpoint: Checkpointing = field(default_factory=Checkpointing)
+
+    def __post_init__(self) -> None:
+        check(self.batch_size >= 1, f"batch-size must be at least 1; got {self.batch_size}")
+        check(self.steps is None or self.steps >= 1, f"steps must be at least 1; got {self.steps}")
+        check(self.epochs is None or self.epochs > 0, f"epochs must be positive; got {self.epochs}")
+        check(self.workers is None or self.workers >= 0, f"workers must not be negative; got {self.workers}")
+        masking.num_masked(self.mask.kind, self.model.input.grid, self.mask.ratio)
+
+
+def demo() -> PretrainConfig:
+    """Tiny model on rendered clips: minutes on a CPU, to see everything work.
+
+    python -m train.pretrain
+    """
+    return PretrainConfig(
+        recipe="demo",
+        steps=3600,
+        batch_size=32,
+        model=Model("vit_tiny", frames=8, image_size=32, cube=(2, 8, 8), decoder_depth=3),
+        mask=Masking(ratio=0.75),
+        sampling=Sampling(stride=1),
+        optim=Optim(base_lr=0.04, min_lr=8e-5),
+        log=Logging(every=50, picture_every=1200),
+        checkpoint=Checkpointing(every=600),
+    )
+
+
+def _published(
+    recipe: str,
+    size: str,
+    epochs: int,
+    batch_size: int,
+    *,
+    stride: int = 4,
+    ratio: float = 0.9,
+    base_lr: float = 1.5e-4,
+    decoder_depth: int = 4,
+    recompute: bool = False,
+) -> PretrainConfig:
+    return PretrainConfig(
+        recipe=recipe,
+        epochs=epochs,
+        batch_size=batch_size,
+        model=Model(size, decoder_depth=decoder_depth, recompute=recompute),
+        mask=Masking(ratio=ratio),
+        sampling=Sampling(stride=stride),
+        optim=Optim(base_lr=base_lr),
+    )
+
+
+def k400_small_1600() -> PretrainConfig:
+    """ViT-S on Kinetics-400, 1600 epochs.
+
+    python -m train.pretrain k400-small-1600 --data k400/train.csv
+    Published on 32 GPUs of 32 clips; fine-tuned 79.0 top-1, 93.8 top-5.
+    """
+    return _published("k400-small-1600", "vit_small", 1600, 1024)
+
+
+def k400_base_800() -> PretrainConfig:
+    """ViT-B on Kinetics-400, 800 epochs.
+
+    python -m train.pretrain k400-base-800 --data k400/train.csv
+    Published on 64 GPUs of 32 clips, about 27 hours on V100s; fine-tuned 80.0 top-1, 94.4 top-5 (81.0 with repeated augmentation).
+    """
+    return _published("k400-base-800", "vit_base", 800, 2048)
+
+
+def k400_base_1600() -> PretrainConfig:
+    """ViT-B on Kinetics-400, 1600 epochs.
+
+    python -m train.pretrain k400-base-1600 --data k400/train.csv
+    Published on 64 GPUs of 32 clips; fine-tuned 81.5 top-1, 95.1 top-5.
+    """
+    return replace(k400_base_800(), recipe="k400-base-1600", epochs=1600)
+
+
+def k400_large_1600() -> PretrainConfig:
+    """ViT-L on Kinetics-400, 1600 epochs.
+
+    python -m train.pretrain k400-large-1600 --data k400/train.csv
+    Published on 64 GPUs of 8 clips; fine-tuned 85.2 top-1, 96.8 top-5.
+    """
+    return _published("k400-large-1600", "vit_large", 1600, 512, decoder_depth=12)
+
+
+def k400_huge_1600() -> PretrainConfig:
+    """ViT-H on Kinetics-400, 1600 epochs, blocks recomputed.
+
+    python -m train.pretrain k400-huge-1600 --data k400/train.csv
+    Published on 64 GPUs of 16 clips; fine-tuned 86.6 top-1, 97.1 top-5.
+    """
+    return _published("k400-huge-1600", "vit_huge", 1600, 1024, decoder_depth=12, recompute=True)
+
+
+def ssv2_small_2400() -> PretrainConfig:
+    """ViT-S on Something-Something V2, 2400 epochs, stride 2.
+
+    python -m train.pretrain ssv2-small-2400 --data ssv2/train.csv
+    Published on 64 GPUs of 32 clips; fine-tuned 66.8 top-1, 90.3 top-5.
+    """
+    return _published("ssv2-small-2400", "vit_small", 2400, 2048, stride=2)
+
+
+def ssv2_base_800() -> PretrainConfig:
+    """ViT-B on Something-Something V2, 800 epochs, stride 2.
+
+    python -m train.pretrain ssv2-base-800 --data ssv2/train.csv
+    Published on 64 GPUs of 32 clips, 19.5 hours; fine-tuned 69.6 top-1, 92.0 top-5.
+    """
+    return _published("ssv2-base-800", "vit_base", 800, 2048, stride=2)
+
+
+def ssv2_base_2400() -> PretrainConfig:
+    """ViT-B on Something-Something V2, 2400 epochs, stride 2.
+
+    python -m train.pretrain ssv2-base-2400 --data ssv2/train.csv
+    Published on 64 GPUs of 32 clips; fine-tuned 70.8 top-1, 92.4 top-5.
+    """
+    return replace(ssv2_base_800(), recipe="ssv2-base-2400", epochs=2400)
+
+
+def ucf101_base_3200() -> PretrainConfig:
+    """ViT-B on UCF101, 3200 epochs, 75 % hidden.
+
+    python -m train.pretrain ucf101-base-3200 --data ucf101/train.csv
+    Published on 8 GPUs of 24 clips, about 30 hours; fine-tuned 91.3 top-1, 98.5 top-5.
+    """
+    return _published("ucf101-base-3200", "vit_base", 3200, 192, ratio=0.75, base_lr=3e-4)
+
+
+def hmdb51_base_4800() -> PretrainConfig:
+    """ViT-B on HMDB51, 4800 epochs, 75 % hidden, stride 2 (in the paper only).
+
+    python -m train.pretrain hmdb51-base-4800 --data hmdb51/train.csv
+    Published on 8 GPUs, 192 clips in all; fine-tuned 62.6 top-1.
+    """
+    return _published("hmdb51-base-4800", "vit_base", 4800, 192, stride=2, ratio=0.75, base_lr=3e-4)
+
+
+_ALL = (
+    *(demo, k400_small_1600, k400_base_800, k400_base_1600, k400_large_1600, k400_huge_1600),
+    *(ssv2_small_2400, ssv2_base_800, ssv2_base_2400, ucf101_base_3200, hmdb51_base_4800),
+)
+PRETRAIN: dict[str, Callable[[], PretrainConfig]] = {f.__name__.replace("_", "-"): f for f in _ALL}

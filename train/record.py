@@ -1,0 +1,65 @@
+"""What a run writes before its first step, so that every number can be traced: settings, plan, versions, commit, command."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("torch", "triton", "numpy", "einops", "decord2", "decord", "av", "safetensors", "pillow")
+
+
+def write_config(out: Path, config: dict[str, Any], facts: dict[str, Any], *, resumed_at: int | None) -> None:
+    """Write out/config.json, or add to its `resumed` list when the run goes on."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "config.json"
+    part = {"command": sys.argv, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "plan": facts, **_surroundings()}
+    if resumed_at is not None and path.exists():
+        written = json.loads(path.read_text())
+        written.setdefault("resumed", []).append({"step": resumed_at, "config": config, **part})
+    else:
+        written = {"config": config, **part}
+    temporary = path.with_suffix(".writing")
+    temporary.write_text(json.dumps(written, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def move_aside(out: Path) -> None:
+    """Rename a run folder to the first free OUT.1, OUT.2, ...: nothing is overwritten."""
+    if out.exists():
+        free = next(path for n in range(1, 1 << 20) if not (path := out.with_name(f"{out.name}.{n}")).exists())
+        out.rename(free)
+        print(f"the run in {out} was moved to {free}", file=sys.stderr)
+
+
+def _surroundings() -> dict[str, Any]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"commit": _commit(), "versions": versions, "host": platform.node(), "system": platform.platform(), "gpu": gpu}
+
+
+def _commit() -> str | None:
+    """The source's commit, with -dirty when it was changed since; None outside a checkout."""
+    where = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match", "nothing"],
+            cwd=where,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()

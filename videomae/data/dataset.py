@@ -1,0 +1,167 @@
+"""Which videos there are, in which order their clips come, and how one clip is read."""
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from kernels.launch import check
+from videomae.data.augment import Augment, crop_resize, multi_scale_crop
+from videomae.data.decode import UnreadableVideo, Video
+from videomae.data.sampling import num_starts, pretrain_frames
+from videomae.keys import Draws, key, keys
+
+SUFFIXES = frozenset(".mp4 .avi .mkv .webm .mov .m4v .mpg .mpeg .ts .flv .wmv .3gp .ogv".split())
+
+# what a draw is for: the last number of its key
+_ORDER, _FRAMES, _CROP, _MASK = range(4)
+
+
+class Sample(NamedTuple):
+    """With the run's seed, all that a clip depends on. index: the video's place in the list; view: which crop and mask of the clip."""
+
+    epoch: int
+    index: int
+    view: int
+
+
+@dataclass(frozen=True)
+class VideoList:
+    """Videos by absolute path; labels is None where the source has none."""
+
+    paths: tuple[str, ...]
+    labels: tuple[int, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that change with any path's name, their order or number."""
+        return hashlib.sha256("\n".join(self.paths).encode()).hexdigest()[:16]
+
+
+def find_videos(source: str | Path) -> VideoList:
+    """The videos of a folder (searched to the bottom, in sorted order) or of a list file.
+
+    A list has one video a line: `path label`, `path`, or VideoMAE V2's `path 0 -1`. Paths may hold spaces, are relative to the list's
+    folder, and get `.mp4` where their name has no dot. Raises ValueError when there is no such thing, or no video in it.
+    """
+    source = Path(source).expanduser()
+    if source.is_dir():
+        found = [
+            os.path.join(folder, name)
+            for folder, _, names in os.walk(source.resolve(), followlinks=True)
+            for name in names
+            if os.path.splitext(name)[1].lower() in SUFFIXES
+        ]
+        check(len(found) > 0, f"no videos in {source} (looked for {' '.join(sorted(SUFFIXES))})")
+        return VideoList(tuple(sorted(found)))
+    check(source.exists(), f"no such file or folder: {source}")
+    check(source.suffix.lower() not in SUFFIXES, f"{source} is a video; give its folder, or a list of videos")
+    return _read_list(source)
+
+
+def _read_list(source: Path) -> VideoList:
+    try:
+        lines = source.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is no list of videos: not text ({error.reason})") from error
+    folder = source.parent.resolve()
+    entries = [_parse_line(line.strip(), f"{source}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+    check(len(entries) > 0, f"no videos in {source}: the list is empty")
+    labels = [label for _, label in entries]
+    labelled = sum(label is not None for label in labels)
+    check(labelled in (0, len(labels)), f"{source}: {labelled} of {len(labels)} lines have a label; all must, or none")
+    paths = tuple(str(folder / (path if "." in os.path.basename(path) else f"{path}.mp4")) for path, _ in entries)
+    return VideoList(paths, tuple(label for label in labels if label is not None) if labelled else None)
+
+
+def _parse_line(line: str, where: str) -> tuple[str, int | None]:
+    """(path, label or None) of one line of a list."""
+    if whole := re.fullmatch(r"(.*\S)\s+(\d+)\s+(-?\d+)", line):
+        path, start, total = whole[1], int(whole[2]), int(whole[3])
+        if (start, total) == (0, -1):
+            return path, None
+        # two trailing numbers after a video's name can only be V2's form for folders of frames
+        is_video = os.path.splitext(path)[1].lower() in SUFFIXES
+        check(not is_video and total != -1, f"{where}: only whole videos (`path 0 -1`) can be read, not `{line}`")
+    if labelled := re.fullmatch(r"(.*\S)\s+(-?\d+)", line):
+        return labelled[1], int(labelled[2])
+    return line, None
+
+
+class Order:
+    """In which order clips come: every epoch's own permutation of the videos, one after another without a gap."""
+
+    def __init__(self, num_videos: int, seed: int, views: int = 1) -> None:
+        check(num_videos > 0, "no videos to order")
+        check(views >= 1, f"views must be at least 1; got {views}")
+        self._num_videos, self._seed, self._views = num_videos, seed, views
+        # batches cross from one epoch into the next, so two are kept
+        self._permutation = lru_cache(maxsize=2)(self._permute)
+
+    def _permute(self, epoch: int) -> torch.Tensor:
+        scores = keys(self._seed, epoch, torch.arange(self._num_videos), _ORDER)
+        return torch.argsort(scores, stable=True)
+
+    def samples(self, start: int, count: int) -> list[Sample]:
+        """Clips start ... start + count - 1 of the run; the views of one clip are neighbours."""
+        out = []
+        for position in range(start, start + count):
+            item, view = divmod(position, self._views)
+            epoch, place = divmod(item, self._num_videos)
+            out.append(Sample(epoch, int(self._permutation(epoch)[place]), view))
+        return out
+
+
+@dataclass(frozen=True)
+class ClipReader:
+    """Reads a pre-training clip: a pure function of the file and (seed, epoch, index, view)."""
+
+    frames: int
+    size: tuple[int, int]
+    stride: int
+    augment: Augment
+    seed: int
+
+    def __post_init__(self) -> None:
+        check(self.frames >= 1 and self.stride >= 1, f"frames and stride must be positive; got {self.frames}, {self.stride}")
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (self.frames, *self.size, 3)
+
+    def read(self, path: str, samples: Sequence[Sample]) -> list[np.ndarray]:
+        """uint8 [T, H, W, 3] for each of several views of one clip, decoded once. Raises UnreadableVideo."""
+        epoch, index, _ = samples[0]
+        assert all((s.epoch, s.index) == (epoch, index) for s in samples)
+        video = Video(path)
+        if len(video) < 2:
+            raise UnreadableVideo(path, "a single frame, not a video")
+        starts = num_starts(len(video), self.frames, self.stride)
+        start = Draws(self.seed, epoch, index, _FRAMES).below(starts)
+        numbers = pretrain_frames(len(video), self.frames, self.stride, start)
+        # a short video repeats its last frame: decode each once
+        distinct = sorted(set(numbers))
+        decoded = video.read(distinct)
+        whole = decoded if len(distinct) == len(numbers) else decoded[np.searchsorted(distinct, numbers)]
+        return [self._view(whole, sample) for sample in samples]
+
+    def _view(self, frames: np.ndarray, sample: Sample) -> np.ndarray:
+        draws = Draws(self.seed, *sample, _CROP)
+        crop = multi_scale_crop(*frames.shape[1:3], self.size, self.augment.scales, draws)
+        flip = self.augment.flip and draws.below(2) == 1
+        return crop_resize(frames, crop, self.size, flip=flip)
+
+
+def mask_keys(seed: int, samples: Sequence[Sample]) -> torch.Tensor:
+    """int64 [B], one key per clip for `videomae.masking`."""
+    return torch.tensor([key(seed, *sample, _MASK) for sample in samples], dtype=torch.int64)
