@@ -3,8 +3,9 @@
 tokens[b, v] = W . normalise(cube[b, index[b, v]]) + bias + positions[index[b, v]]
 
 normalise(x) = (x / 255 - mean) / std per channel for uint8 frames; float frames are taken as already normalised.
-frames [B, T, H, W, C], index [B, V], W [D, C, dt, dy, dx] (the layout of a Conv3d, so of every published checkpoint), positions [N, D].
-At 90 % tube masking it reads a tenth of the pixels and makes a tenth of the tokens that embedding every cube would.
+frames [B, T, H, W, C], index [B, V], W [D, C, dt, dy, dx] (the layout of a Conv3d, so of every published checkpoint),
+positions [N, D]. At 90 % tube masking it reads a tenth of the pixels and makes a tenth of the tokens that embedding
+every cube would.
 """
 
 import torch
@@ -20,7 +21,7 @@ def cube_embed_ref(
     frames: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, index: Tensor | None, mean: tuple, std: tuple
 ) -> Tensor:
     """What the kernel must equal: cut, pick, normalise, project, add positions, in plain PyTorch."""
-    cubes = cut(frames, tuple(weight.shape[2:]))
+    cubes = cut(frames, (weight.shape[2], weight.shape[3], weight.shape[4]))
     if index is not None:
         cubes = pick(cubes, index)
     pixels = cubes.flatten(2).to(weight.dtype)  # [B, V, dt*dy*dx*C], channel fastest
@@ -50,7 +51,8 @@ def cube_embed(
     mean, std: per channel, on pixels scaled to [0, 1]; used for uint8 only.
     Raises ValueError when sizes are no multiples of the cube, or shapes and devices do not fit together.
     """
-    grid = check_frames(frames, tuple(weight.shape[2:]))
+    check(weight.ndim == 5, f"weight must be [D, C, dt, dy, dx]; got shape {tuple(weight.shape)}")
+    grid = check_frames(frames, (weight.shape[2], weight.shape[3], weight.shape[4]))
     num_cubes, channels = grid[0] * grid[1] * grid[2], frames.shape[-1]
     check(weight.shape[1] == channels, f"weight must take {channels} channels; got {tuple(weight.shape)}")
     check(bias.shape == weight.shape[:1], f"bias must be {tuple(weight.shape[:1])}; got {tuple(bias.shape)}")

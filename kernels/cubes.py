@@ -3,6 +3,7 @@
 Order: cubes by time, then row, then column; token index = (t * H' + h) * W' + w.
 """
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -14,6 +15,8 @@ def cut(frames: Tensor, cube: tuple[int, int, int]) -> Tensor:
 
 
 def pick(rows: Tensor, index: Tensor) -> Tensor:
-    """The rows [B, K, ...] that index [B, K] names out of rows [B, N, ...]."""
-    wide = index.long().reshape(*index.shape, *[1] * (rows.ndim - 2)).expand(*index.shape, *rows.shape[2:])
-    return rows.gather(1, wide)
+    """The rows [B, K, ...] that index [B, K] names out of rows [B, N, ...]; a copy."""
+    batch, count = rows.shape[:2]
+    # whole rows by memcpy; a gather would read an int64 index for every byte
+    first = torch.arange(batch, device=index.device)[:, None] * count
+    return rows.flatten(0, 1).index_select(0, (index.long() + first).flatten()).view(*index.shape, *rows.shape[2:])

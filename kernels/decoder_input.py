@@ -3,7 +3,8 @@
 out[b, :V] = visible[b] + positions[visible_index[b]]
 out[b, V:] = mask_token + positions[masked_index[b]]
 
-The order is not undone: positions travel with the tokens, and the masked ones stand last, where the decoder's head takes them.
+The order is not undone: positions travel with the tokens, and the masked ones stand last, where the decoder's head
+takes them.
 """
 
 import torch

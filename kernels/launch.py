@@ -15,7 +15,8 @@ def check(condition: bool, message: str) -> None:
 
 
 def check_frames(frames: Tensor, cube: tuple[int, int, int]) -> tuple[int, int, int]:
-    """The grid (T', H', W') of frames [B, T, H, W, C]; ValueError when they are no clips or the cube does not divide them."""
+    """The grid (T', H', W') of frames [B, T, H, W, C]; ValueError when they are no clips or the cube does not divide
+    them."""
     check(frames.ndim == 5, f"frames must be [B, T, H, W, C]; got shape {tuple(frames.shape)}")
     known = frames.dtype.is_floating_point or frames.dtype == torch.uint8
     check(known, f"frames must be uint8, or floating point and already normalised; got {frames.dtype}")

@@ -3,7 +3,8 @@
 Per masked cube and channel, over its P = dt*dy*dx pixels x in [0, 1]:
     target = (x - mean(x)) / (sqrt(var(x)) + 1e-6), var with divisor P - 1     (normalize=True; else target = x)
     loss   = scale * mean over clips, cubes and entries of (pred - target)^2   (clips weighted where weight is given)
-pred [B, M, P*C] is channel fastest: entry ((dt * 16 + dy) * 16 + dx) * C + c. Source: the official engine_for_pretraining (RECIPES B).
+pred [B, M, P*C] is channel fastest: entry ((dt * 16 + dy) * 16 + dx) * C + c. Source: the official
+engine_for_pretraining (RECIPES B).
 """
 
 import torch
@@ -26,20 +27,19 @@ def pixel_target(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The target [B, M, P*C] of the loss, for the reference and for pictures; the loss kernel never stores it."""
-    pixels = pick(cut(frames, cube), masked)  # [B, M, P, C]
+    is_uint8 = frames.dtype == torch.uint8
+    pixels = pick(cut(frames, cube), masked).to(dtype)  # [B, M, P, C], a copy: what follows works in place
     # uint8 stays on its 0-255 scale: sums of integers are exact in float32, so a constant cube gives 0 and not noise
-    unit = 255.0 if frames.dtype == torch.uint8 else 1.0
-    pixels = pixels.to(dtype)
-    if frames.dtype != torch.uint8:
+    unit = 255.0 if is_uint8 else 1.0
+    if not is_uint8:
         pixels = pixels * pixels.new_tensor(std) + pixels.new_tensor(mean)
     if not normalize:
-        return (pixels / unit).flatten(2)
-    # float pixels are shifted by the cube's first one, for the same reason
-    offset = 0 if frames.dtype == torch.uint8 else pixels[:, :, :1]
-    deviation = pixels - offset
-    deviation = deviation - deviation.mean(dim=2, keepdim=True)
-    variance = deviation.square().sum(dim=2, keepdim=True) / (pixels.shape[2] - 1)
-    return (deviation / (variance.sqrt() + EPS * unit)).flatten(2)
+        return pixels.div_(unit).flatten(2)
+    if not is_uint8:
+        pixels -= pixels[:, :, :1].clone()  # for the same reason: equal numbers become 0
+    pixels -= pixels.mean(dim=2, keepdim=True)
+    deviation = torch.linalg.vector_norm(pixels, dim=2, keepdim=True) / (pixels.shape[2] - 1) ** 0.5
+    return pixels.div_(deviation + EPS * unit).flatten(2)
 
 
 def pixel_loss_ref(
@@ -80,8 +80,10 @@ def pixel_loss(
 ) -> Tensor:
     """The loss, a scalar of at least float32, differentiable in pred.
 
-    pred: float [B, M, dt*dy*dx*C], channel fastest. frames: uint8 [B, T, H, W, C], or floating point, normalised with mean and std.
-    masked: integer [B, M]. weight: [B], not negative; the loss is then the weighted mean over clips, and 0 when all weights are 0.
+    pred: float [B, M, dt*dy*dx*C], channel fastest. frames: uint8 [B, T, H, W, C], or floating point, normalised with
+    mean and std.
+    masked: integer [B, M]. weight: [B], not negative; the loss is then the weighted mean over clips, and 0 when all
+    weights are 0.
     scale: a factor (accumulation, loss scaling), a number or a scalar tensor.
     Raises ValueError when shapes and devices do not fit together, or a cube has a single pixel to normalise.
     """

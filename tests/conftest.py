@@ -9,10 +9,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    """Tiny tensors: threads would only wait for each other, and sums would depend on their number."""
-    torch.set_num_threads(1)
+# tiny tensors: threads would only wait for each other, and sums would depend on their number. Commands that tests start
+# see it too
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 def _shared(name: str) -> Path:

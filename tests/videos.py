@@ -6,7 +6,9 @@ import av
 import numpy as np
 
 
-def write_video(path: Path, frames: np.ndarray, *, codec: str = "libx264", pix_fmt: str = "yuv420p", gop: int = 12, **options: str) -> Path:
+def write_video(
+    path: Path, frames: np.ndarray, *, codec: str = "libx264", pix_fmt: str = "yuv420p", gop: int = 12, **options: str
+) -> Path:
     """Encode uint8 [T, h, w, 3] at 25 frames a second; options go to the encoder."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25, options={"threads": "1", **options})
@@ -20,7 +22,8 @@ def write_video(path: Path, frames: np.ndarray, *, codec: str = "libx264", pix_f
 
 
 def moving_frames(num: int, height: int = 48, width: int = 64, seed: int = 0) -> np.ndarray:
-    """uint8 [num, height, width, 3]: a gradient with a bright square that moves, so that every frame differs from every other."""
+    """uint8 [num, height, width, 3]: a gradient with a bright square that moves, so that every frame differs from every
+    other."""
     y, x = np.mgrid[:height, :width]
     base = np.stack([x * 2 % 256, y * 3 % 256, (x + y + seed * 17) % 256], axis=-1).astype(np.uint8)
     out = np.repeat(base[None], num, axis=0)

@@ -1,6 +1,7 @@
 """Checkpoints: written whole or not at all, the newest few kept, the last good one found again.
 
-checkpoints/step_<n>/ holds model.safetensors (readable by `videomae.load_weights`) and state.pt (everything else a run needs to go on).
+checkpoints/step_<n>/ holds model.safetensors (readable by `videomae.load_weights`) and state.pt (everything else a run
+needs to go on).
 """
 
 import os
@@ -37,7 +38,8 @@ class Damaged(Exception):
 
 
 def save(folder: Path, step: int, model: nn.Module, state: dict[str, Any], *, keep: int) -> Path:
-    """Write folder/step_<step> and remove all but the newest `keep`. A kill at any moment leaves whole checkpoints only."""
+    """Write folder/step_<step> and remove all but the newest `keep`. A kill at any moment leaves whole checkpoints
+    only."""
     folder.mkdir(parents=True, exist_ok=True)
     final, temporary = folder / f"step_{step}", folder / f".step_{step}.writing"
     for leftover in folder.glob(".step_*"):  # of a run that was killed while writing
@@ -78,7 +80,8 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that can be read, and its state; those passed over are named on stderr. None where there is none at all.
+    """The newest checkpoint that can be read, and its state; those passed over are named on stderr. None where there is
+    none at all.
 
     Raises Damaged when there are checkpoints and none can be read: starting afresh would throw a run away.
     """

@@ -1,4 +1,5 @@
-"""Command lines from dataclasses: `[RECIPE] [--flag VALUE] [--section.field VALUE]`, with errors of one line and exit code 2."""
+"""Command lines from dataclasses: `[RECIPE] [--flag VALUE] [--section.field VALUE]`, with errors of one line and exit
+code 2."""
 
 import contextlib
 import dataclasses
@@ -14,7 +15,9 @@ import tyro
 T = TypeVar("T")
 
 
-def parse(arguments: Sequence[str], recipes: Mapping[str, Callable[[], T]], default: str, *, prog: str, about: str) -> T:
+def parse(
+    arguments: Sequence[str], recipes: Mapping[str, Callable[[], T]], default: str, *, prog: str, about: str
+) -> T:
     """The configuration of a recipe (the first argument, else the default one), changed by flags."""
     name, flags = default, list(arguments)
     if flags and not flags[0].startswith("-"):
@@ -29,7 +32,7 @@ def parse(arguments: Sequence[str], recipes: Mapping[str, Callable[[], T]], defa
             return tyro.cli(
                 type(recipe),
                 default=recipe,
-                args=flags,
+                args=_switches(flags),
                 prog=f"{prog} {name}",
                 description=f"{about}\n\nRecipes (the first argument, default {default}):\n{listing}",
             )
@@ -37,6 +40,19 @@ def parse(arguments: Sequence[str], recipes: Mapping[str, Callable[[], T]], defa
         if end.code:
             refuse(prog, _condense(complaint.getvalue()))
         raise
+
+
+def _switches(flags: Sequence[str]) -> list[str]:
+    """`--section.field true` and `false`, as for every other field, in tyro's spelling of switches."""
+    out: list[str] = []
+    for flag in flags:
+        if flag.lower() in ("true", "false") and out and out[-1].startswith("--") and "=" not in out[-1]:
+            if flag.lower() == "false":
+                section, dot, name = out[-1][2:].rpartition(".")
+                out[-1] = f"--{section}{dot}no-{name}"
+        else:
+            out.append(flag)
+    return out
 
 
 def refuse(prog: str, message: str) -> NoReturn:
@@ -47,7 +63,8 @@ def refuse(prog: str, message: str) -> NoReturn:
 
 @contextlib.contextmanager
 def user_errors(prog: str) -> Iterator[None]:
-    """Around the checks of what the user asked for: their ValueErrors and missing files become one line and exit code 2."""
+    """Around the checks of what the user asked for: their ValueErrors and missing files become one line and exit code
+    2."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -74,7 +91,9 @@ def _condense(box: str) -> str:
     """tyro's framed complaint as one line: the complaint, and the flag it thinks was meant."""
     parts = [" ".join(re.sub("[╭╮╰╯│─]", " ", part).split()) for part in re.split(r"│ ─+ │", box)]
     # the frame's title stands first, and often once more in the text
-    complaint = re.sub(r"^(?:Value error|Invalid choice|Unrecognized options|Error parsing arguments) ", "", parts[0])
+    complaint = re.sub(
+        r"^(?:Value error|Invalid choice|Unrecognized options|Missing argument|Error parsing arguments) ", "", parts[0]
+    )
     complaint = re.sub(r"^Error parsing \w*Config: ", "", complaint)
     guess = next((found[1] for part in parts if (found := re.search(r"Perhaps you meant: (--[\w.-]+)", part))), None)
     return complaint + (f" (did you mean {guess}?)" if guess else "") + "; --help lists all flags"

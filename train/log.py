@@ -1,6 +1,7 @@
 """What a run says while it runs: the progress line, `metrics.jsonl`, TensorBoard, and the steps that were not finite.
 
-Scalars stay on the device until they have arrived on the host by themselves, a step or two later: no step waits for them.
+Scalars stay on the device until they have arrived on the host by themselves, a step or two later: no step waits for
+them.
 """
 
 import json
@@ -59,7 +60,7 @@ class RunLog:
         self._nonfinite = self._in_a_row = self._skipped = 0
         _forget_after(out / "metrics.jsonl", start)
         _forget_after(out / "nonfinite.jsonl", start)
-        self._metrics = open(out / "metrics.jsonl", "a", buffering=1)
+        self._metrics = (out / "metrics.jsonl").open("a", buffering=1)
         self._board = _open_board(out / "tensorboard", start) if config.tensorboard else None
         self._interactive = sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=start, disable=not self._interactive, unit="step", dynamic_ncols=True)
@@ -117,7 +118,12 @@ class RunLog:
         if nonfinite:
             self._nonfinite += 1
             with open(self._out / "nonfinite.jsonl", "a") as file:
-                file.write(json.dumps({"step": done.step, "loss": str(loss), "grad_norm": str(norm), "clips": list(done.paths)}) + "\n")
+                file.write(
+                    json.dumps(
+                        {"step": done.step, "loss": str(loss), "grad_norm": str(norm), "clips": list(done.paths)}
+                    )
+                    + "\n"
+                )
         self._window.append(done)
         if done.step % self._config.every == 0 or done.step == self._steps:
             self._report(done)

@@ -27,7 +27,9 @@ class Optim:
     max_nonfinite: int = 20  # steps in a row with a loss or gradient that is not finite before the run stops
 
     def __post_init__(self) -> None:
-        check(self.base_lr > 0 and self.min_lr >= 0, f"learning rates must be positive; got {self.base_lr}, {self.min_lr}")
+        check(
+            self.base_lr > 0 and self.min_lr >= 0, f"learning rates must be positive; got {self.base_lr}, {self.min_lr}"
+        )
         check(self.warmup_epochs >= 0, f"optim.warmup-epochs must not be negative; got {self.warmup_epochs}")
         check(self.weight_decay >= 0, f"optim.weight-decay must not be negative; got {self.weight_decay}")
         check(all(0 <= b < 1 for b in self.betas), f"optim.betas must be in [0, 1); got {self.betas}")
@@ -38,7 +40,8 @@ class Optim:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate by step: a straight line from 0 to peak, both included, then half a cosine towards floor, which it never reaches."""
+    """Learning rate by step: a straight line from 0 to peak, both included, then half a cosine towards floor, which it
+    never reaches."""
 
     peak: float
     floor: float
@@ -62,9 +65,10 @@ def schedule(config: Optim, *, batch_size: int, steps: int, warmup_steps: int) -
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Weights with decay; biases, vectors and the mask token without."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        exempt = parameter.ndim <= 1 or name.endswith(".bias") or name.endswith("mask_token")
+        exempt = parameter.ndim <= 1 or name.endswith((".bias", "mask_token"))
         (plain if exempt else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
@@ -79,7 +83,9 @@ class StepStats(NamedTuple):
 class Updater:
     """Turns losses into updates: `backward` for each micro-batch, then `step`."""
 
-    def __init__(self, model: nn.Module, config: Optim, schedule: Schedule, precision: str, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, config: Optim, schedule: Schedule, precision: str, device: torch.device
+    ) -> None:
         self._config, self._schedule = config, schedule
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         groups = parameter_groups(model, config.weight_decay)
@@ -125,7 +131,8 @@ class Updater:
 
 
 def resolve_precision(wanted: str, device: torch.device) -> str:
-    """auto: bfloat16 on a GPU that has it, float16 on one that has not, float32 elsewhere. ValueError for float16 off a GPU."""
+    """auto: bfloat16 on a GPU that has it, float16 on one that has not, float32 elsewhere. ValueError for float16 off a
+    GPU."""
     if wanted != "auto":
         check(wanted != "float16" or device.type == "cuda", "float16 needs a GPU; use float32 or bfloat16")
         return wanted

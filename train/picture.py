@@ -26,15 +26,22 @@ class Reconstruction(NamedTuple):
 
 
 def reconstruct(pred: Tensor, frames: Tensor, mask: Mask, input: Input, *, normalized: bool) -> Reconstruction:
-    """Put predictions [B, M, P*C] into frames uint8 [B, T, H, W, C]. normalized: the prediction is of normalised pixels."""
+    """Put predictions [B, M, P*C] into frames uint8 [B, T, H, W, C]. normalized: the prediction is of normalised
+    pixels."""
     channels = len(input.mean)
     pixels = to_cubes(frames, input.cube).float() / 255
     cubes = pixels.unflatten(2, (-1, channels))  # [B, N, P, C]
     means, deviations = cubes.mean(2, keepdim=True), cubes.std(2, keepdim=True) + 1e-6
     hidden = mask.to_bool()[:, :, None, None]
     seen = (~hidden).float()
-    visible_mean, visible_deviation = ((x * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True) for x in (means, deviations))
-    guess = torch.zeros_like(pixels).scatter(1, mask.masked[:, :, None].expand_as(pred), pred.float()).unflatten(2, (-1, channels))
+    visible_mean, visible_deviation = (
+        (x * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True) for x in (means, deviations)
+    )
+    guess = (
+        torch.zeros_like(pixels)
+        .scatter(1, mask.masked[:, :, None].expand_as(pred), pred.float())
+        .unflatten(2, (-1, channels))
+    )
 
     def clip(values: Tensor) -> Tensor:
         whole = torch.where(hidden, values, cubes).flatten(2)
@@ -48,7 +55,9 @@ def reconstruct(pred: Tensor, frames: Tensor, mask: Mask, input: Input, *, norma
     )
 
 
-def draw_reconstruction(made: Reconstruction, input: Input, ratio: float, *, normalized: bool, title: str) -> Image.Image:
+def draw_reconstruction(
+    made: Reconstruction, input: Input, ratio: float, *, normalized: bool, title: str
+) -> Image.Image:
     """A sheet: for each clip a row of originals, masked, predicted; a column for each time slot."""
     rows = [("original", made.original), (f"masked ({ratio:.0%} hidden)", made.masked)]
     if normalized:
@@ -64,7 +73,9 @@ def draw_reconstruction(made: Reconstruction, input: Input, ratio: float, *, nor
     cell_width, cell_height = round(width * scale), round(height * scale)
     slots = range(0, input.frames, input.cube[0])
     clip_height = len(rows) * (cell_height + _GAP) + 3 * _GAP
-    sheet = Image.new("RGB", (_LABEL_WIDTH + len(slots) * (cell_width + _GAP), 24 + len(made.original) * clip_height), "white")
+    sheet = Image.new(
+        "RGB", (_LABEL_WIDTH + len(slots) * (cell_width + _GAP), 24 + len(made.original) * clip_height), "white"
+    )
     pen = ImageDraw.Draw(sheet)
     pen.text((_GAP, _GAP), title, fill="black", font=font)
     for b in range(len(made.original)):
@@ -72,7 +83,9 @@ def draw_reconstruction(made: Reconstruction, input: Input, ratio: float, *, nor
             top = 24 + b * clip_height + r * (cell_height + _GAP)
             pen.text((_GAP, top + cell_height // 2 - 2 * _FONT // 2), label, fill="black", font=font)
             for column, frame in enumerate(slots):
-                image = Image.fromarray(clips[b, frame].cpu().numpy()).resize((cell_width, cell_height), Image.Resampling.NEAREST)
+                image = Image.fromarray(clips[b, frame].cpu().numpy()).resize(
+                    (cell_width, cell_height), Image.Resampling.NEAREST
+                )
                 sheet.paste(image, (_LABEL_WIDTH + column * (cell_width + _GAP), top))
     return sheet
 

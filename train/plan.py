@@ -9,7 +9,8 @@ import torch
 from kernels.launch import check
 from videomae.model import Input, Size
 
-# numbers kept for the backward pass per token, block and channel: norms, qkv, attention, both sides of the MLP's GELU and residuals
+# numbers kept for the backward pass per token, block and channel: norms, qkv, attention, both sides of the MLP's GELU
+# and residuals
 _KEPT_PER_CHANNEL = 17
 _SHARE_OF_MEMORY = 0.5  # of what is free; the estimate is a formula, not a measurement
 
@@ -62,7 +63,9 @@ def free_memory(device: torch.device) -> int:
     return free
 
 
-def clip_bytes(size: Size, input: Input, *, num_masked: int, decoder_depth: int, recompute: bool, bytes_each: int) -> int:
+def clip_bytes(
+    size: Size, input: Input, *, num_masked: int, decoder_depth: int, recompute: bool, bytes_each: int
+) -> int:
     """Memory of one clip's activations in a training step, estimated: bytes_each is 4 in float32, 2 under autocast."""
     num_visible = input.num_cubes - num_masked
     layers = ((num_visible, size.width, size.depth), (input.num_cubes, size.decoder_width, decoder_depth))
@@ -76,7 +79,8 @@ def clip_bytes(size: Size, input: Input, *, num_masked: int, decoder_depth: int,
 
 
 def plan_batch(clips: int, *, per_clip: int, fixed: int, free: int, micro_batch: int | None = None) -> BatchPlan:
-    """The fewest micro-batches of equal size that fit: fixed + micro_batch * per_clip bytes within half of the free ones.
+    """The fewest micro-batches of equal size that fit: fixed + micro_batch * per_clip bytes within half of the free
+    ones.
 
     micro_batch: asked for by hand; ValueError unless it divides clips.
     """

@@ -67,7 +67,8 @@ class Run:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0 done, 1 the run had to stop, 2 wrong use, 130 and 143 stopped by Ctrl-C, SIGTERM."""
+    """Run the command; returns its exit code: 0 done, 1 the run had to stop, 2 wrong use, 130 and 143 stopped by
+    Ctrl-C, SIGTERM."""
     arguments = sys.argv[1:] if arguments is None else arguments
     about = "Pre-train a VideoMAE on videos; with no argument, the demo."
     config = _one_length(parse(arguments, PRETRAIN, "demo", prog=PROG, about=about))
@@ -91,7 +92,8 @@ def _one_length(config: PretrainConfig) -> PretrainConfig:
 
 
 def prepare(config: PretrainConfig) -> Run:
-    """Everything that can be refused, before the first clip is decoded. Raises ValueError for what the user can mend."""
+    """Everything that can be refused, before the first clip is decoded. Raises ValueError for what the user can
+    mend."""
     device = pick_device(config.device)
     precision = resolve_precision(config.precision, device)
     cpus = available_cpus()
@@ -127,8 +129,12 @@ def prepare(config: PretrainConfig) -> Run:
 def pretrain(run: Run) -> int:
     """The loop; returns the exit code."""
     config, steps, done = run.config, run.schedule.steps, run.start
+    if done >= steps:
+        return _finish(run, done, "Already finished", [])
     order = Order(len(run.videos), config.seed, config.sampling.views)
-    reader = ClipReader(config.model.frames, config.model.input.size, config.sampling.stride, config.augment, config.seed)
+    reader = ClipReader(
+        config.model.frames, config.model.input.size, config.sampling.stride, config.augment, config.seed
+    )
     skipped = Skipped(run.out / "skipped.jsonl", len(run.videos))
     log = RunLog(run.out, config.log, start=done, steps=steps, max_nonfinite=config.optim.max_nonfinite)
     loader = Loader(
@@ -142,7 +148,7 @@ def pretrain(run: Run) -> int:
     )
     with _stop_signals() as stop, log, loader:
         batches = iter(loader)
-        preview = _keep(next(batches)) if done < steps else None
+        preview = _keep(next(batches))
         try:
             while done < steps and not stop:
                 _step(run, done, batches, skipped, log)
@@ -155,12 +161,12 @@ def pretrain(run: Run) -> int:
         except TooManyUnreadable:
             _save(run, done)  # what was learned so far is sound
             raise
-    return _finish(run, done, preview, stop)
+    return _finish(run, done, "Finished", stop)
 
 
 def _step(run: Run, step: int, batches: Iterator[Batch], skipped: Skipped, log: RunLog) -> None:
     """One update: micro-batches forward and backward, then the optimiser. step counts from 0."""
-    config, clips = run.config, run.plan.clips
+    clips = run.plan.clips
     loss = torch.zeros((), device=run.device)
     real, waited, lost, paths = 0, 0.0, 0, []
     for _ in range(run.plan.accumulation):
@@ -195,7 +201,9 @@ def _loss(run: Run, batch: Batch, *, scale: float) -> Tensor:
     weight = _to_device(batch.weight, run.device) if batch.skips else None
     with _autocast(run):
         pred = run.model(frames, mask)
-    return kernels.pixel_loss(pred, frames, mask.masked, config.target.normalize, cube=input.cube, weight=weight, scale=scale)
+    return kernels.pixel_loss(
+        pred, frames, mask.masked, config.target.normalize, cube=input.cube, weight=weight, scale=scale
+    )
 
 
 def _autocast(run: Run) -> torch.autocast:
@@ -209,8 +217,6 @@ def _to_device(x: Tensor, device: torch.device) -> Tensor:
 
 def _batches(run: Run, order: Order) -> Iterator[list[Sample]]:
     """First the clips of the picture, then every micro-batch of the run from where it starts."""
-    if run.start == run.schedule.steps:
-        return
     views = run.config.sampling.views
     yield [order.samples(i * views, 1)[0] for i in range(min(_PREVIEWS, len(run.videos)))]
     micro = run.plan.micro_batch
@@ -247,14 +253,15 @@ def _save(run: Run, done: int) -> None:
     checkpoint.save(run.out / "checkpoints", done, run.model, run.state(), keep=run.config.checkpoint.keep)
 
 
-def _finish(run: Run, done: int, preview: Any, stop: list[int]) -> int:
+def _finish(run: Run, done: int, how: str, stop: list[int]) -> int:
     draw_curves(run.out / "metrics.jsonl", run.out / "curves.png")
     if done < run.schedule.steps:
-        print(f"\nStopped at step {done} of {run.schedule.steps}, checkpoint saved. The same command goes on from there.")
+        print(
+            f"\nStopped at step {done} of {run.schedule.steps}, checkpoint saved. The same command goes on from there."
+        )
         return 128 + stop[0]
     pictures = sorted((run.out / "samples").glob("*.png"))
-    head = "Finished" if preview is not None else "Already finished"
-    print(f"\n{head}: {done} steps, {done * run.plan.clips:,} clips.")
+    print(f"\n{how}: {done} steps, {done * run.plan.clips:,} clips.")
     print(f"  checkpoint      {run.out / 'checkpoints' / f'step_{done}'}")
     print(f"  curves          {run.out / 'curves.png'}  (or: tensorboard --logdir {run.out / 'tensorboard'})")
     if pictures:
@@ -264,7 +271,8 @@ def _finish(run: Run, done: int, preview: Any, stop: list[int]) -> int:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM or Ctrl-C appends its number to; the loop ends after the step at hand. A second one ends it at once."""
+    """A list that SIGTERM or Ctrl-C appends its number to; the loop ends after the step at hand. A second one ends it
+    at once."""
     received: list[int] = []
 
     def note(number: int, _: object) -> None:
@@ -315,7 +323,9 @@ def _find_checkpoint(config: PretrainConfig, out: Path, videos: VideoList) -> tu
     if found[1]["videos"] != videos.fingerprint:
         changed.append("the list of videos")
     if changed:
-        raise ValueError(f"{out} holds a run with other settings ({'; '.join(changed)}); give another --out, or --resume never")
+        raise ValueError(
+            f"{out} holds a run with other settings ({'; '.join(changed)}); give another --out, or --resume never"
+        )
     return found
 
 
@@ -370,17 +380,25 @@ def _facts(run: Run) -> dict[str, Any]:
 def _say_plan(run: Run, resumed_from: Path | None) -> None:
     config, model = run.config, run.config.model
     millions = sum(p.numel() for p in run.model.parameters()) / 1e6
-    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name(run.device)
+        if run.device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads"
+    )
     height, width = model.input.size
     hidden = masking.num_masked(config.mask.kind, model.input.grid, config.mask.ratio)
     passes = run.schedule.steps * config.batch_size / len(run.videos)
     print(f"run       {run.out}")
     print(f"data      {config.data or 'data/demo'}: {len(run.videos):,} videos, {run.workers} workers")
     print(f"model     {model.size}, decoder depth {model.decoder_depth}: {millions:.1f} M parameters")
-    print(f"clip      {model.frames} x {height} x {width}, stride {config.sampling.stride}; {config.mask.kind} mask hides {hidden} of {model.input.num_cubes} cubes")
+    print(
+        f"clip      {model.frames} x {height} x {width}, stride {config.sampling.stride}; "
+        f"{config.mask.kind} mask hides {hidden} of {model.input.num_cubes} cubes"
+    )
     print(f"device    {device}, {run.precision}")
     print(
-        f"batch     {run.plan.clips} clips a step = {run.plan.micro_batch} at a time x {run.plan.accumulation} accumulated"
+        f"batch     {run.plan.clips} clips a step = "
+        f"{run.plan.micro_batch} at a time x {run.plan.accumulation} accumulated"
         + (f" ({config.batch_size} videos x {config.sampling.views} views)" if config.sampling.views > 1 else "")
     )
     print(

@@ -1,4 +1,5 @@
-"""What a run writes before its first step, so that every number can be traced: settings, plan, versions, commit, command."""
+"""What a run writes before its first step, so that every number can be traced: settings, plan, versions, commit,
+command."""
 
 import importlib.metadata
 import json
@@ -46,7 +47,13 @@ def _surroundings() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"commit": _commit(), "versions": versions, "host": platform.node(), "system": platform.platform(), "gpu": gpu}
+    return {
+        "commit": _commit(),
+        "versions": versions,
+        "host": platform.node(),
+        "system": platform.platform(),
+        "gpu": gpu,
+    }
 
 
 def _commit() -> str | None:

@@ -1,4 +1,5 @@
-"""The record of clips that could not be read: `skipped.jsonl` in the run folder, its limit, and its replay on resume."""
+"""The record of clips that could not be read: `skipped.jsonl` in the run folder, its limit, and its replay on
+resume."""
 
 import json
 from collections.abc import Iterable

@@ -1,7 +1,8 @@
 """Geometry of a clip: its grid, the order of its cubes, their positions, and the way there and back.
 
-Letters, used in the whole project: B clips, T frames, H W pixels, N cubes, V visible, M masked, D encoder width, E decoder width,
-A heads, R rows in a kernel. A clip is uint8 [T, H, W, 3]; the grid is (T', H', W') = (T, H, W) / cube; cubes run by time, then row,
+Letters, used in the whole project: B clips, T frames, H W pixels, N cubes, V visible, M masked, D encoder width, E
+decoder width, A heads, R rows in a kernel. A clip is uint8 [T, H, W, 3]; the grid is (T', H', W') = (T, H, W) / cube;
+cubes run by time, then row,
 then column: token index = (t * H' + h) * W' + w.
 """
 

@@ -1,7 +1,8 @@
 """Where every random choice of the data path comes from: a counter-based hash of (seed, epoch, index, view).
 
-The mixing function is SplitMix64's (Steele, Lea and Flood, 2014), on 64-bit integers: the same on every device, batch split and
-process count, and with every library version. A key is an int64; `Draws` turns one into a sequence of integers.
+The mixing function is SplitMix64's (Steele, Lea and Flood, 2014), on 64-bit integers: the same on every device, batch
+split and process count, and with every library version. A key is an int64; `Draws` turns one into a sequence of
+integers.
 """
 
 import torch
@@ -31,7 +32,8 @@ def key(*numbers: int) -> int:
 
 
 def keys(*numbers: int | Tensor) -> Tensor:
-    """`key` for int64 tensors that broadcast together: int64 of the broadcast shape, equal to `key` element by element."""
+    """`key` for int64 tensors that broadcast together: int64 of the broadcast shape, equal to `key` element by
+    element."""
 
     def shifted(z: Tensor, bits: int) -> Tensor:
         # a logical shift: int64's own keeps the sign

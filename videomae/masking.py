@@ -1,6 +1,7 @@
 """Which cubes are hidden: tube, random and frame masks as index lists, each a pure function of the clip's key.
 
-Counts are exact and the same for every clip: floor(ratio * places) of the float product, as the official code has it (RECIPES C).
+Counts are exact and the same for every clip: floor(ratio * places) of the float product, as the official code has it
+(RECIPES C).
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ KINDS = ("tube", "random", "frame")
 
 @dataclass(frozen=True)
 class Mask:
-    """Cube numbers, ascending in every row. visible: int64 [B, V]. masked: int64 [B, M]. Every cube is in one of the two."""
+    """Cube numbers, ascending in every row. visible: int64 [B, V]. masked: int64 [B, M]. Every cube is in one of the
+    two."""
 
     visible: Tensor
     masked: Tensor
@@ -26,7 +28,7 @@ class Mask:
         same = self.visible.ndim == self.masked.ndim == 2 and len(self.visible) == len(self.masked)
         check(
             same,
-            f"a mask needs visible [B, V] and masked [B, M]; got {tuple(self.visible.shape)}, {tuple(self.masked.shape)}",
+            f"a mask is visible [B, V] and masked [B, M]; got {tuple(self.visible.shape)}, {tuple(self.masked.shape)}",
         )
 
     @property
@@ -46,7 +48,8 @@ class Mask:
 
     @staticmethod
     def from_bool(hidden: Tensor) -> "Mask":
-        """From a boolean [B, N], True = masked. ValueError unless every clip hides the same number, at least one, and not all."""
+        """From a boolean [B, N], True = masked. ValueError unless every clip hides the same number, at least one, and
+        not all."""
         check(
             hidden.ndim == 2 and hidden.dtype == torch.bool,
             f"a mask must be bool [B, N]; got {hidden.dtype} {tuple(hidden.shape)}",
@@ -146,7 +149,9 @@ def _draw(keys: Tensor, num_places: int, ratio: float, what: str) -> Mask:
     """Hide floor(ratio * num_places) places of each row, drawn without replacement by sorting hashes."""
     check(0 < ratio < 1, f"mask ratio must be between 0 and 1, both excluded; got {ratio}")
     hidden = int(ratio * num_places)
-    check(0 < hidden < num_places, f"mask ratio {ratio} hides {hidden} of {num_places} {what}: none must not be, nor all")
+    check(
+        0 < hidden < num_places, f"mask ratio {ratio} hides {hidden} of {num_places} {what}: none must not be, nor all"
+    )
     scores = hashed(keys[:, None], torch.arange(num_places, device=keys.device))
     order = torch.argsort(scores, dim=1, stable=True)
     return Mask(order[:, hidden:].sort(dim=1).values, order[:, :hidden].sort(dim=1).values)

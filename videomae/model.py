@@ -1,4 +1,5 @@
-"""The pre-training model: a plain ViT over the visible tokens, a light decoder over all of them, and the table of sizes.
+"""The pre-training model: a plain ViT over the visible tokens, a light decoder over all of them, and the table of
+sizes.
 
 Parameter names are those of the official checkpoints (RECIPES A.9), so that a state dict needs no translation.
 The model knows nothing of optimisers, processes or files.
@@ -43,7 +44,8 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Input:
-    """What a model takes: clips of this many frames and pixels, cut into cubes, normalised with mean and std on [0, 1]."""
+    """What a model takes: clips of this many frames and pixels, cut into cubes, normalised with mean and std on [0,
+    1]."""
 
     frames: int = 16
     image_size: int | tuple[int, int] = 224
@@ -157,7 +159,8 @@ class Blocks(nn.ModuleList):
 
 
 class PatchEmbed(nn.Module):
-    """Holds the cube embedding's weights in a Conv3d, for its layout and its initialisation; `kernels.cube_embed` uses them."""
+    """Holds the cube embedding's weights in a Conv3d, for its layout and its initialisation; `kernels.cube_embed` uses
+    them."""
 
     def __init__(self, cube: tuple[int, int, int], channels: int, width: int) -> None:
         super().__init__()
@@ -166,6 +169,8 @@ class PatchEmbed(nn.Module):
 
 class Encoder(nn.Module):
     """Cube embedding, blocks, final norm. `model(frames)` sees every cube, `model(frames, visible)` only those."""
+
+    positions: Tensor
 
     def __init__(self, size: Size, input: Input, *, drop_path: float = 0.0, final_norm: bool = True) -> None:
         super().__init__()
@@ -182,7 +187,7 @@ class Encoder(nn.Module):
         wanted = (self.input.frames, *self.input.size)
         check(
             frames.ndim == 5 and tuple(frames.shape[1:4]) == wanted,
-            f"this model takes clips [B, {', '.join(map(str, wanted))}, {len(self.input.mean)}]; got {tuple(frames.shape)}",
+            f"this model takes clips [B, {', '.join(map(str, wanted))}, C]; got {tuple(frames.shape)}",
         )
         proj = self.patch_embed.proj
         assert proj.bias is not None
@@ -212,6 +217,8 @@ class Decoder(nn.Module):
 class VideoMAE(nn.Module):
     """Encoder over visible cubes, decoder over all, prediction for the masked ones."""
 
+    decoder_positions: Tensor
+
     def __init__(self, size: Size, input: Input, *, decoder_depth: int = 4) -> None:
         super().__init__()
         check(decoder_depth >= 1, f"decoder_depth must be at least 1; got {decoder_depth}")
@@ -227,11 +234,12 @@ class VideoMAE(nn.Module):
     def forward(self, frames: Tensor, mask: Mask) -> Tensor:
         """The predicted (normalised) pixels of the masked cubes, [B, M, dt*dy*dx*C], channel fastest.
 
-        frames: uint8 [B, T, H, W, C], or floating point and already normalised. ValueError when frames or mask do not fit the model.
+        frames: uint8 [B, T, H, W, C], or floating point and already normalised. ValueError when frames or mask do not
+        fit the model.
         """
         check(
             mask.num_cubes == self.input.num_cubes,
-            f"the mask is for {mask.num_cubes} cubes, the model has {self.input.num_cubes}, a grid of {self.input.grid}",
+            f"the mask is for {mask.num_cubes} cubes, the model has {self.input.num_cubes}: {self.input.grid}",
         )
         visible = self.encoder_to_decoder(self.encoder(frames, mask.visible))
         sequence = kernels.decoder_input(
@@ -268,7 +276,8 @@ def pretrain_model(
     cube: tuple[int, int, int] = (2, 16, 16),
     decoder_depth: int = 4,
 ) -> VideoMAE:
-    """A freshly initialised pre-training model (RECIPES A.5); ValueError for an unknown size or sides the cube does not divide."""
+    """A freshly initialised pre-training model (RECIPES A.5); ValueError for an unknown size or sides the cube does not
+    divide."""
     return VideoMAE(size_of(size), Input(frames, image_size, cube), decoder_depth=decoder_depth)
 
 

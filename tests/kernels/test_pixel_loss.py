@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.tolerance import assert_as_good_as_torch
 from einops import rearrange
 
 from kernels import pixel_loss
 from kernels.launch import IMAGENET_MEAN, IMAGENET_STD
+from tests.tolerance import assert_as_good_as_torch
 from videomae import masking
 
 CUBE = (2, 16, 16)
@@ -74,7 +74,10 @@ def test_takes_normalised_float_frames():
     normalised = (frames.float() / 255 - mean) / std
     for normalize in (True, False):
         torch.testing.assert_close(
-            pixel_loss(pred, normalised, masked, normalize), pixel_loss(pred, frames, masked, normalize), rtol=1e-5, atol=0
+            pixel_loss(pred, normalised, masked, normalize),
+            pixel_loss(pred, frames, masked, normalize),
+            rtol=1e-5,
+            atol=0,
         )
 
 

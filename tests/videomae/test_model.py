@@ -1,4 +1,5 @@
-"""The models: published parameter counts and operation counts, initialisation, geometry, and what a token may depend on."""
+"""The models: published parameter counts and operation counts, initialisation, geometry, and what a token may depend
+on."""
 
 import math
 
@@ -133,12 +134,28 @@ def test_the_encoder_gives_features_of_every_cube():
 
 def test_state_dict_has_the_official_names():
     names = set(videomae.pretrain_model("vit_tiny", decoder_depth=1, image_size=32).state_dict())
-    block = "norm1.weight norm1.bias attn.q_bias attn.v_bias attn.qkv.weight attn.proj.weight attn.proj.bias norm2.weight norm2.bias".split()
-    block += "mlp.fc1.weight mlp.fc1.bias mlp.fc2.weight mlp.fc2.bias".split()
-    expected = {"mask_token", "encoder_to_decoder.weight", "encoder.patch_embed.proj.weight", "encoder.patch_embed.proj.bias"}
+    block = [
+        "norm1.weight",
+        "norm1.bias",
+        "norm2.weight",
+        "norm2.bias",
+        "attn.q_bias",
+        "attn.v_bias",
+        "attn.qkv.weight",
+    ]
+    block += ["attn.proj.weight", "attn.proj.bias"]
+    block += ["mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias"]
+    expected = {
+        "mask_token",
+        "encoder_to_decoder.weight",
+        "encoder.patch_embed.proj.weight",
+        "encoder.patch_embed.proj.bias",
+    }
     expected |= {f"encoder.blocks.{i}.{name}" for i in range(SIZES["vit_tiny"].depth) for name in block}
     expected |= {f"decoder.blocks.0.{name}" for name in block}
-    expected |= {f"{part}.{kind}" for part in ("encoder.norm", "decoder.norm", "decoder.head") for kind in ("weight", "bias")}
+    expected |= {
+        f"{part}.{kind}" for part in ("encoder.norm", "decoder.norm", "decoder.head") for kind in ("weight", "bias")
+    }
     assert names == expected
 
 
@@ -164,7 +181,9 @@ def test_drop_path_drops_whole_clips_and_keeps_the_mean():
     assert (out == out[:, :1, :1]).all()
     assert out.mean().item() == pytest.approx(1, abs=0.03)
     assert torch.equal(drop.eval()(torch.ones(3, 1)), torch.ones(3, 1))
-    rates = [b.drop_path.rate for b in videomae.classifier("vit_base", num_classes=2, drop_path=0.11, image_size=32).blocks]
+    rates = [
+        b.drop_path.rate for b in videomae.classifier("vit_base", num_classes=2, drop_path=0.11, image_size=32).blocks
+    ]
     assert rates == pytest.approx([0.01 * i for i in range(12)])
 
 
@@ -172,7 +191,10 @@ def test_drop_path_drops_whole_clips_and_keeps_the_mean():
     ("make", "says"),
     [
         (lambda: videomae.pretrain_model("vit_giant"), "one of vit_tiny, vit_small"),
-        (lambda: videomae.pretrain_model("vit_tiny", image_size=225), "height must be a multiple of the cube's 16; got 225"),
+        (
+            lambda: videomae.pretrain_model("vit_tiny", image_size=225),
+            "height must be a multiple of the cube's 16; got 225",
+        ),
         (lambda: videomae.pretrain_model("vit_tiny", frames=15), "frames must be a multiple of the cube's 2; got 15"),
         (lambda: videomae.pretrain_model("vit_tiny", decoder_depth=0), "decoder_depth"),
         (lambda: videomae.classifier("vit_tiny", num_classes=0), "num_classes"),
@@ -188,7 +210,7 @@ def test_refuses(make, says):
 def test_refuses_clips_and_masks_of_another_geometry():
     model = videomae.pretrain_model("vit_tiny", frames=4, image_size=32)
     mask = masking.random((2, 2, 2), 0.5, keys=torch.arange(1))
-    with pytest.raises(ValueError, match=r"this model takes clips \[B, 4, 32, 32, 3\]; got \(1, 3, 4, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"this model takes clips \[B, 4, 32, 32, C\]; got \(1, 3, 4, 32, 32\)"):
         model(torch.zeros(1, 3, 4, 32, 32), mask)
     with pytest.raises(ValueError, match="the mask is for 18 cubes, the model has 8"):
         model(torch.zeros(1, 4, 32, 32, 3, dtype=torch.uint8), masking.random((2, 3, 3), 0.5, keys=torch.arange(1)))

@@ -1,1 +1,2 @@
-"""From video files to uint8 clips: decoding, sampling, cropping, and the pool of workers that does it ahead of the step."""
+"""From video files to uint8 clips: decoding, sampling, cropping, and the pool of workers that does it ahead of the
+step."""

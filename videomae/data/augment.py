@@ -9,7 +9,8 @@ from torch.nn.functional import interpolate
 from kernels.launch import check
 from videomae.keys import Draws
 
-# the 13 places of a crop, in quarters of the free way (x, y): corners, centre, edge centres, quarter points (RECIPES D.1)
+# the 13 places of a crop, in quarters of the free way (x, y): corners, centre, edge centres, quarter points (RECIPES
+# D.1)
 _PLACES = (
     *((0, 0), (4, 0), (0, 4), (4, 4), (2, 2)),
     *((0, 2), (4, 2), (2, 4), (2, 0)),
@@ -41,12 +42,11 @@ class Augment:
         )
 
 
-def multi_scale_crop(
-    height: int, width: int, size: tuple[int, int], scales: tuple[float, ...], draws: Draws
-) -> Crop:
+def multi_scale_crop(height: int, width: int, size: tuple[int, int], scales: tuple[float, ...], draws: Draws) -> Crop:
     """The crop of RECIPES D.1 out of height x width, to be resized to size (height, width).
 
-    Its sides are scales of the short side whose ranks differ by at most one, snapped to size when within 2 pixels of it.
+    Its sides are scales of the short side whose ranks differ by at most one, snapped to size when within 2 pixels of
+    it.
     """
     base = min(height, width)
 
@@ -62,7 +62,8 @@ def multi_scale_crop(
 
 
 def crop_resize(frames: np.ndarray, crop: Crop, size: tuple[int, int], *, flip: bool = False) -> np.ndarray:
-    """The crop of uint8 frames [T, h, w, 3], resized bilinearly (antialiased, as PIL's) to size: uint8 [T, *size, 3]."""
+    """The crop of uint8 frames [T, h, w, 3], resized bilinearly (antialiased, as PIL's) to size: uint8 [T, *size,
+    3]."""
     cut = frames[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
     if flip:
         cut = cut[:, :, ::-1]

@@ -18,17 +18,20 @@ from videomae.data.decode import UnreadableVideo, Video
 from videomae.data.sampling import num_starts, pretrain_frames
 from videomae.keys import Draws, key, keys
 
-SUFFIXES = frozenset(".mp4 .avi .mkv .webm .mov .m4v .mpg .mpeg .ts .flv .wmv .3gp .ogv".split())
+SUFFIXES = frozenset(
+    (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp", ".ogv")
+)
 
 # what a draw is for: the last number of its key
 _ORDER, _FRAMES, _CROP, _MASK = range(4)
 
 
 class Sample(NamedTuple):
-    """With the run's seed, all that a clip depends on. index: the video's place in the list; view: which crop and mask of the clip."""
+    """With the run's seed, all that a clip depends on. index: the video's place in the list; view: which crop and mask
+    of the clip."""
 
     epoch: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody asks a sample for
     view: int
 
 
@@ -51,8 +54,9 @@ class VideoList:
 def find_videos(source: str | Path) -> VideoList:
     """The videos of a folder (searched to the bottom, in sorted order) or of a list file.
 
-    A list has one video a line: `path label`, `path`, or VideoMAE V2's `path 0 -1`. Paths may hold spaces, are relative to the list's
-    folder, and get `.mp4` where their name has no dot. Raises ValueError when there is no such thing, or no video in it.
+    A list has one video a line: `path label`, `path`, or VideoMAE V2's `path 0 -1`. Paths may hold spaces, are relative
+    to the list's folder, and get `.mp4` where their name has no dot. Raises ValueError when there is no such thing, or
+    no video in it.
     """
     source = Path(source).expanduser()
     if source.is_dir():
@@ -133,7 +137,10 @@ class ClipReader:
     seed: int
 
     def __post_init__(self) -> None:
-        check(self.frames >= 1 and self.stride >= 1, f"frames and stride must be positive; got {self.frames}, {self.stride}")
+        check(
+            self.frames >= 1 and self.stride >= 1,
+            f"frames and stride must be positive; got {self.frames}, {self.stride}",
+        )
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -157,7 +164,8 @@ class ClipReader:
 
     def _view(self, frames: np.ndarray, sample: Sample) -> np.ndarray:
         draws = Draws(self.seed, *sample, _CROP)
-        crop = multi_scale_crop(*frames.shape[1:3], self.size, self.augment.scales, draws)
+        height, width = frames.shape[1:3]
+        crop = multi_scale_crop(height, width, self.size, self.augment.scales, draws)
         flip = self.augment.flip and draws.below(2) == 1
         return crop_resize(frames, crop, self.size, flip=flip)
 

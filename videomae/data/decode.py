@@ -1,9 +1,10 @@
 """Video file -> upright uint8 RGB frames, by frame number.
 
-decord is the default: 1.2 to 1.7 times as fast as PyAV on Kinetics-like clips. But it numbers and seeks wrongly, without a word, in
-streams with open GOPs (x265's default), without presentation times (AVI), in MPEG transport and program streams, and shows frames
-that an edit list drops. So a file's packets are looked at first (1 to 4 ms, remembered), and PyAV reads those files, and what
-decord cannot open. Both give the same frames, rotation, colour range and matrix.
+decord is the default: 1.2 to 1.7 times as fast as PyAV on Kinetics-like clips. But it numbers and seeks wrongly,
+without a word, in streams with open GOPs (x265's default), without presentation times (AVI), in MPEG transport and
+program streams, and shows frames that an edit list drops. So a file's packets are looked at first (1 to 4 ms,
+remembered), and PyAV reads those files, and what decord cannot open. Both give the same frames, rotation, colour range
+and matrix.
 Readers hold C state: open them in the process that uses them.
 """
 
@@ -43,7 +44,7 @@ class Video:
         self._reader: _Reader = _open_decord(self.path, self._probe) or _PyAVReader(self.path)
 
     def __len__(self) -> int:
-        return self._probe.count
+        return self._probe.num_frames
 
     @property
     def backend(self) -> str:
@@ -53,7 +54,8 @@ class Video:
     def read(self, indices: Sequence[int]) -> np.ndarray:
         """Frames with these numbers, uint8 [K, h, w, 3], upright.
 
-        Raises UnreadableVideo when a frame, or one that it is predicted from, is damaged; IndexError for a number out of range.
+        Raises UnreadableVideo when a frame, or one that it is predicted from, is damaged; IndexError for a number out
+        of range.
         """
         if not all(0 <= i < len(self) for i in indices):
             raise IndexError(f"{self.path} has frames 0 to {len(self) - 1}; asked for {min(indices)} to {max(indices)}")
@@ -65,8 +67,8 @@ class Video:
 
 
 class _Packet(NamedTuple):
-    time: int | None  # of presentation
-    decoding_time: int | None
+    time: int  # of presentation; 0 in every packet of a stream without times
+    decoding_time: int
     is_key: bool
     is_shown: bool
 
@@ -82,20 +84,22 @@ def _packets(path: str) -> tuple[list[_Packet], bool]:
         with av.open(path) as container:
             stream = _stream(path, container)
             timed = container.format.name not in _UNTIMED
-            packets = [
-                _Packet(p.pts, p.dts, p.is_keyframe, not p.is_discard) for p in container.demux(stream) if p.size > 0
-            ]
+            found = [p for p in container.demux(stream) if p.size > 0]
     except av.FFmpegError as error:
         raise UnreadableVideo(path, error.strerror or str(error)) from error
+    timed = timed and all(p.pts is not None for p in found)
+    packets = [
+        _Packet(p.pts or 0, (p.pts if p.dts is None else p.dts) or 0, p.is_keyframe, not p.is_discard) for p in found
+    ]
     if not any(packet.is_shown for packet in packets):
         raise UnreadableVideo(path, "no video frames")
-    return packets, timed and all(packet.time is not None for packet in packets)
+    return packets, timed
 
 
 class _Probe(NamedTuple):
     """What has to be known of a file before either back end opens it."""
 
-    count: int
+    num_frames: int
     suits_decord: bool
 
 
@@ -160,7 +164,7 @@ def _open_decord(path: str, probe: _Probe) -> _DecordReader | None:
         video = decord.VideoReader(path, num_threads=1)
     except (decord.DECORDError, RuntimeError):
         return None
-    return _DecordReader(video) if len(video) == probe.count else None
+    return _DecordReader(video) if len(video) == probe.num_frames else None
 
 
 class _PyAVReader:
@@ -173,7 +177,7 @@ class _PyAVReader:
         shown = [p.time for p in packets if p.is_shown]
         self._names = sorted(shown) if timed else list(range(len(shown)))
         keys = [p for p in packets if p.is_key] if timed else []
-        self._keys = sorted((p.time, p.time if p.decoding_time is None else p.decoding_time) for p in keys)
+        self._keys = sorted((p.time, p.decoding_time) for p in keys)
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
         names = [self._names[i] for i in indices]

@@ -1,8 +1,9 @@
 """Batches of uint8 clips, decoded ahead of the step by a pool of worker processes, in an order fixed beforehand.
 
-Workers write into memory shared with the parent; a ring of batches is in flight, and a batch is handed out when all its clips are there.
-A watchdog ends and replaces a worker that hangs or dies; the clip it had is skipped: its slot is zero, its weight 0, its name and the
-reason stand in the batch. torch's DataLoader can neither interrupt a decode that blocks in C nor replace a killed worker.
+Workers write into memory shared with the parent; a ring of batches is in flight, and a batch is handed out when all its
+clips are there. A watchdog ends and replaces a worker that hangs or dies; the clip it had is skipped: its slot is zero,
+its weight 0, its name and the reason stand in the batch. torch's DataLoader can neither interrupt a decode that blocks
+in C nor replace a killed worker.
 """
 
 import itertools
@@ -21,7 +22,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,7 +42,8 @@ class Skip(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """frames: uint8 [B, T, H, W, 3], valid until the next batch is asked for. weight: float32 [B], 0 for skipped clips, whose frames are 0.
+    """frames: uint8 [B, T, H, W, 3], valid until the next batch is asked for. weight: float32 [B], 0 for skipped clips,
+    whose frames are 0.
     keys: int64 [B], for the masks."""
 
     frames: Tensor
@@ -79,7 +81,9 @@ class _Worker:
     def __init__(self, reader: ClipReader, memory_fd: int, size: int) -> None:
         ours, theirs = socket.socketpair()
         # a worker decodes on one thread, and has no business on a GPU
-        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+        environment = dict(
+            os.environ, PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""
+        )
         arguments = [theirs.fileno(), memory_fd, size, os.getpid()]
         self.process = subprocess.Popen(
             [sys.executable, "-c", f"from videomae.data.worker import main; main(*{arguments})"],
@@ -127,7 +131,8 @@ class Loader:
         known_skips: Mapping[Sample, str] | None = None,
     ) -> None:
         """batches: lists of at most batch_size samples. workers: processes; 0 reads in this one, without a watchdog.
-        known_skips: clips to be skipped unread, with the reason, so that a resumed run repeats what the first one did."""
+        known_skips: clips to be skipped unread, with the reason, so that a resumed run repeats what the first one
+        did."""
         check(workers >= 0, f"workers must not be negative; got {workers}")
         check(batch_size >= 1, f"batch size must be at least 1; got {batch_size}")
         self._reader, self._paths, self._batch_size, self._num_workers = reader, paths, batch_size, workers
@@ -176,7 +181,8 @@ class Loader:
     def worker_pids(self) -> list[int]:
         return [worker.process.pid for worker in self._workers]
 
-    # -- everything below runs in the managing thread, but for _batch and _read_here ------------------------------------------------
+    # -- everything below runs in the managing thread, but for _batch and _read_here
+    # ------------------------------------------------
 
     def _batch(self, flight: _InFlight) -> Batch:
         begin = flight.place * self._batch_size
@@ -259,7 +265,7 @@ class Loader:
         """Sleep until a worker answers, a batch is given back, or a worker's time is up; then see to it."""
         busy = [w for w in self._workers if w.tasks]
         limit = min((w.since + self._config.timeout for w in busy), default=None)
-        by_link = {w.link: w for w in self._workers}
+        by_link: dict[Any, _Worker] = {w.link: w for w in self._workers}
         timeout = None if limit is None else max(limit - time.monotonic(), 0)
         for link in wait([self._woken, *by_link], timeout):
             if link is self._woken:

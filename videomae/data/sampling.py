@@ -9,7 +9,8 @@ def num_starts(num_frames: int, length: int, stride: int) -> int:
 def pretrain_frames(num_frames: int, length: int, stride: int, start: int = 0) -> list[int]:
     """Frame numbers of a pre-training clip: start, start + stride, ... (RECIPES F.1).
 
-    A video shorter than length * stride is read from frame 0 on, as far as it goes, and its last such frame is repeated.
+    A video shorter than length * stride is read from frame 0 on, as far as it goes, and its last such frame is
+    repeated.
     """
     if num_frames >= length * stride:
         return [start + stride * k for k in range(length)]

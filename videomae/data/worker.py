@@ -29,7 +29,8 @@ class Task(NamedTuple):
 
 
 class Done(NamedTuple):
-    """What became of a task: unreadable holds the reason when the video could not be read, bug a traceback when the code failed."""
+    """What became of a task: unreadable holds the reason when the video could not be read, bug a traceback when the
+    code failed."""
 
     ticket: int
     unreadable: str | None = None
@@ -77,4 +78,3 @@ def main(socket_fd: int, memory_fd: int, size: int, parent: int) -> None:
             link.send(Done(task.ticket, bug=traceback.format_exc()))
             raise
         link.send(done)
-

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from tests.videos import moving_frames, write_video
 
+from tests.videos import moving_frames, write_video
 from videomae.data.augment import Augment
 from videomae.data.dataset import ClipReader, Order, Sample, find_videos, mask_keys
 from videomae.data.decode import UnreadableVideo
@@ -25,7 +25,11 @@ def test_a_folder_is_searched_to_the_bottom_in_sorted_order(tmp_path):
         ("x.mp4 3\ny.mp4 0\n", ("x.mp4", "y.mp4"), (3, 0)),
         ("x.mp4\n\n  y.mp4  \n", ("x.mp4", "y.mp4"), None),
         ("x.mp4 0 -1\ny.mp4 0 -1\n", ("x.mp4", "y.mp4"), None),
-        ("my videos/clip 2.mp4 3\n/abs/two  spaces.mp4   7\n", ("my videos/clip 2.mp4", "/abs/two  spaces.mp4"), (3, 7)),
+        (
+            "my videos/clip 2.mp4 3\n/abs/two  spaces.mp4   7\n",
+            ("my videos/clip 2.mp4", "/abs/two  spaces.mp4"),
+            (3, 7),
+        ),
         ("my clip 2.mp4\n", ("my clip 2.mp4",), None),
         ("no_dot 5\nfolder.v1/no_dot 6\n", ("no_dot.mp4", "folder.v1/no_dot.mp4"), (5, 6)),
         ("x.mp4\t3\r\n", ("x.mp4",), (3,)),

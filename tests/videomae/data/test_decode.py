@@ -3,8 +3,8 @@
 import av
 import numpy as np
 import pytest
-from tests.videos import moving_frames, write_video
 
+from tests.videos import moving_frames, write_video
 from videomae.data import decode
 from videomae.data.decode import UnreadableVideo, Video
 
@@ -105,7 +105,11 @@ def test_decord_reads_what_it_reads_rightly_and_pyav_the_rest(tmp_path):
 
 @pytest.mark.parametrize(
     "tags",
-    [{"colorspace": "bt709", "color_range": "tv"}, {"colorspace": "smpte170m", "color_range": "tv"}, {"color_range": "pc"}],
+    [
+        {"colorspace": "bt709", "color_range": "tv"},
+        {"colorspace": "smpte170m", "color_range": "tv"},
+        {"color_range": "pc"},
+    ],
     ids=["bt709", "bt601", "full range"],
 )
 def test_both_back_ends_use_the_same_colours(tmp_path, monkeypatch, tags):

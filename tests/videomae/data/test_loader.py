@@ -6,8 +6,8 @@ import time
 
 import pytest
 import torch
-from tests.videos import moving_frames, write_video
 
+from tests.videos import moving_frames, write_video
 from videomae.data.augment import Augment
 from videomae.data.dataset import ClipReader, Order, Sample
 from videomae.data.loader import Loader, LoaderConfig
@@ -93,7 +93,7 @@ def test_replaces_a_killed_worker_and_skips_its_clip(paths):
     with Loader(READER, paths, batches, batch_size=4, workers=1, config=LoaderConfig(timeout=60)) as loader:
         stream = iter(loader)
         deadline = time.monotonic() + 30
-        while not (loader.worker_pids and b"\0" in open(f"/proc/{loader.worker_pids[0]}/cmdline", "rb").read()):
+        while not loader.worker_pids:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         time.sleep(4)  # started, and stuck on the pipe

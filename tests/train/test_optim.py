@@ -1,0 +1,137 @@
+"""Schedule, parameter groups, and steps that are skipped on the device."""
+
+import numpy as np
+import pytest
+import torch
+
+import videomae
+from train.optim import Optim, Schedule, Updater, parameter_groups, resolve_precision, schedule
+
+CPU = torch.device("cpu")
+
+
+def test_schedule_follows_the_published_one_step_by_step():
+    # K400 base: 1.5e-4 and 1e-5 for 256, batch 2048
+    made = schedule(Optim(), batch_size=2048, steps=1000, warmup_steps=50)
+    assert made.peak == pytest.approx(1.2e-3)
+    assert made.floor == pytest.approx(8e-5)
+    cosine = [8e-5 + 0.5 * (1.2e-3 - 8e-5) * (1 + np.cos(np.pi * i / 950)) for i in range(950)]
+    expected = [*np.linspace(0, 1.2e-3, 50), *cosine]
+    assert [made.at(step) for step in range(1000)] == pytest.approx(expected, rel=1e-9)
+    assert made.at(999) > made.floor
+
+
+@pytest.mark.parametrize(("warmup", "first"), [(0, 1.0), (1, 0.0), (2, 0.0)])
+def test_schedule_has_short_warm_ups(warmup, first):
+    made = Schedule(1.0, 0.0, warmup, 10)
+    assert made.at(0) == first
+    assert made.at(warmup) == 1.0
+
+
+def test_refuses_a_warm_up_as_long_as_the_run():
+    with pytest.raises(ValueError, match="shorter than the run"):
+        schedule(Optim(), batch_size=256, steps=10, warmup_steps=10)
+
+
+def test_decays_matrices_only():
+    model = videomae.pretrain_model("vit_tiny", image_size=32, decoder_depth=1)
+    decayed, plain = parameter_groups(model, 0.05)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.05
+    assert plain["weight_decay"] == 0
+    assert {names[id(p)] for p in decayed["params"]} == {
+        name
+        for name in names.values()
+        if name.endswith(
+            ("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight", "head.weight", "encoder_to_decoder.weight")
+        )
+    }
+    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+
+
+def small(config=None, precision="float32"):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    return model, Updater(model, config or Optim(), Schedule(0.1, 0.0, 0, 10), precision, CPU)
+
+
+def test_updates_as_adamw_does():
+    model, updater = small()
+    twin = torch.nn.Linear(3, 2)
+    twin.load_state_dict(model.state_dict())
+    reference = torch.optim.AdamW(parameter_groups(twin, 0.05), lr=0.1, betas=(0.9, 0.95))
+    x = torch.randn(4, 3)
+    for step in range(3):
+        for group in reference.param_groups:
+            group["lr"] = updater._schedule.at(step)
+        twin(x).square().mean().backward()
+        reference.step()
+        reference.zero_grad()
+        for half in (x[:2], x[2:]):
+            updater.backward(model(half).square().mean() / 2)
+        stats = updater.step(step)
+        assert stats.nonfinite == 0
+        torch.testing.assert_close(model.weight, twin.weight)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_nothing(bad):
+    model, updater = small(Optim(clip_grad=1.0))
+    updater.backward(model(torch.randn(4, 3)).sum())
+    updater.step(0)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    moments = updater.optimizer.state[model.weight]["exp_avg"].clone()
+    count = updater.optimizer.state[model.weight]["step"].clone()
+    updater.backward((model(torch.randn(4, 3)) * torch.tensor([1.0, bad])).sum())
+    stats = updater.step(1)
+    assert stats.nonfinite == 1
+    assert not stats.grad_norm.isfinite()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[name])
+    assert torch.equal(updater.optimizer.state[model.weight]["exp_avg"], moments)
+    assert torch.equal(updater.optimizer.state[model.weight]["step"], count)
+    updater.backward(model(torch.randn(4, 3)).sum())
+    assert updater.step(2).nonfinite == 0
+    assert not torch.equal(model.weight, weights["weight"])
+
+
+def test_clips_the_norm_and_reports_it_unclipped():
+    model, updater = small(Optim(clip_grad=1e-3))
+    updater.backward(model(torch.ones(1, 3)).sum() * 100)
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    assert updater.step(0).grad_norm.item() == pytest.approx(norm.item())
+    # AdamW's first moment is a tenth of the clipped gradient
+    moment = torch.cat([updater.optimizer.state[p]["exp_avg"].flatten() for p in model.parameters()]).norm()
+    assert moment.item() == pytest.approx(1e-4, rel=1e-3)
+
+
+def test_grad_factor_scales_gradients():
+    model, updater = small()
+    updater.backward(model(torch.ones(1, 3)).sum())
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    assert updater.step(0, grad_factor=4.0).grad_norm.item() == pytest.approx(4 * norm.item())
+
+
+def test_precision_is_resolved_by_device():
+    assert resolve_precision("auto", CPU) == "float32"
+    assert resolve_precision("bfloat16", CPU) == "bfloat16"
+    with pytest.raises(ValueError, match="needs a GPU"):
+        resolve_precision("float16", CPU)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"base_lr": 0},
+        {"warmup_epochs": -1},
+        {"weight_decay": -0.1},
+        {"betas": (0.9, 1.0)},
+        {"eps": 0},
+        {"clip_grad": 0},
+        {"max_nonfinite": 0},
+    ],
+    ids=str,
+)
+def test_refuses_settings_out_of_range(bad):
+    with pytest.raises(ValueError, match=r"optim\.|learning rates"):
+        Optim(**bad)
