@@ -1,27 +1,33 @@
 """Video file -> upright uint8 RGB frames, by frame number.
 
-decord is the default: 1.2 to 1.7 times as fast as PyAV on Kinetics-like clips. But it numbers and seeks wrongly,
-without a word, in streams with open GOPs (x265's default), without presentation times (AVI), in MPEG transport and
-program streams, and shows frames that an edit list drops. So a file's packets are looked at first (1 to 4 ms,
-remembered), and PyAV reads those files, and what decord cannot open. Both give the same frames, rotation, colour range
-and matrix.
+decord reads files whose frames are stored in the order they are shown. PyAV reads the others, and what decord cannot
+open: with B-frames decord is slower, since PyAV can leave out frames that nobody refers to (1.2 to 1.6 times on
+Kinetics-like clips), and it numbers and seeks wrongly, without a word, in open GOPs (x265's default), without
+presentation times (AVI), in MPEG transport and program streams, and where an edit list drops frames. So a file's
+packets are looked at first (1 to 4 ms, remembered). Both give the same frames, rotation, colour range and matrix.
 Readers hold C state: open them in the process that uses them.
 """
 
+from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 try:
     import decord
 except ImportError:  # PyAV reads everything then, more slowly
     decord = None
 
+# codecs in which a frame marked as not referred to is referred to by none at all, so that leaving it out changes no
+# other (in HEVC and AV1 that holds within a temporal layer only)
+_SKIPPABLE = frozenset(("h264", "mpeg4", "mpeg2video"))
 # containers in which neither presentation times nor seeking can be relied on
 _UNTIMED = frozenset(("avi", "mpeg", "mpegts"))
 
@@ -40,11 +46,11 @@ class Video:
     def __init__(self, path: str | Path) -> None:
         """Raises UnreadableVideo when it cannot be opened, or holds no frame."""
         self.path = str(path)
-        self._probe = _probe(self.path)
-        self._reader: _Reader = _open_decord(self.path, self._probe) or _PyAVReader(self.path)
+        self._index = _index(self.path)
+        self._reader: _Reader = _open_decord(self.path, self._index) or _PyAVReader(self.path, self._index)
 
     def __len__(self) -> int:
-        return self._probe.num_frames
+        return self._index.num_frames
 
     @property
     def backend(self) -> str:
@@ -62,64 +68,41 @@ class Video:
         try:
             return self._reader.read(indices)
         except _DecordCannot:
-            self._reader = _PyAVReader(self.path)
+            self._reader = _PyAVReader(self.path, self._index)
             return self._reader.read(indices)
 
 
-class _Packet(NamedTuple):
-    time: int  # of presentation; 0 in every packet of a stream without times
-    decoding_time: int
-    is_key: bool
-    is_shown: bool
+class _Index(NamedTuple):
+    """What a file's packets say before anything is decoded."""
+
+    num_frames: int
+    suits_decord: bool
+    times: array  # of presentation, in order, in the stream's unit; empty where they cannot be relied on
+    keys: tuple[tuple[int, int], ...]  # (presentation, decoding) times of the key frames, in order
 
 
-def _packets(path: str) -> tuple[list[_Packet], bool]:
-    """The packets of the video stream, in the file's order, and whether their times can be relied on.
-
-    Raises UnreadableVideo when the file is missing, is no video, or has no frame to show.
-    """
+# by path: a file is read again in every epoch. 8,192 of 300 frames take 20 MB
+@lru_cache(maxsize=8192)
+def _index(path: str) -> _Index:
+    """Raises UnreadableVideo when the file is missing, is no video, or has no frame to show."""
     if not Path(path).exists():
         raise UnreadableVideo(path, "no such file")
     try:
         with av.open(path) as container:
             stream = _stream(path, container)
-            timed = container.format.name not in _UNTIMED
             found = [p for p in container.demux(stream) if p.size > 0]
+            timed = container.format.name not in _UNTIMED and all(p.pts is not None for p in found)
     except av.FFmpegError as error:
         raise UnreadableVideo(path, error.strerror or str(error)) from error
-    timed = timed and all(p.pts is not None for p in found)
-    packets = [
-        _Packet(p.pts or 0, (p.pts if p.dts is None else p.dts) or 0, p.is_keyframe, not p.is_discard) for p in found
-    ]
-    if not any(packet.is_shown for packet in packets):
+    shown = [p for p in found if not p.is_discard]
+    if not shown:
         raise UnreadableVideo(path, "no video frames")
-    return packets, timed
-
-
-class _Probe(NamedTuple):
-    """What has to be known of a file before either back end opens it."""
-
-    num_frames: int
-    suits_decord: bool
-
-
-# by path: a file is read again in every epoch. 65,536 of them take about 20 MB
-@lru_cache(maxsize=1 << 16)
-def _probe(path: str) -> _Probe:
-    packets, timed = _packets(path)
-    count = sum(packet.is_shown for packet in packets)
-    return _Probe(count, timed and count == len(packets) and not _has_leading_frames(packets))
-
-
-def _has_leading_frames(packets: list[_Packet]) -> bool:
-    """Whether a frame follows a key frame in the file but comes before it on the screen (an open GOP)."""
-    newest_key = packets[0].time
-    for packet in packets:
-        if packet.is_key:
-            newest_key = packet.time
-        elif packet.time < newest_key:
-            return True
-    return False
+    if not timed:
+        return _Index(len(shown), False, array("q"), ())
+    times = [p.pts or 0 for p in shown]
+    in_order = all(earlier < later for earlier, later in pairwise(times))
+    keys = sorted((p.pts or 0, (p.pts if p.dts is None else p.dts) or 0) for p in found if p.is_keyframe)
+    return _Index(len(shown), in_order and len(shown) == len(found), array("q", sorted(times)), tuple(keys))
 
 
 def _stream(path: str, container: "av.container.InputContainer") -> "av.VideoStream":
@@ -154,9 +137,9 @@ class _DecordReader:
             raise _DecordCannot from error
 
 
-def _open_decord(path: str, probe: _Probe) -> _DecordReader | None:
+def _open_decord(path: str, index: _Index) -> _DecordReader | None:
     """None when decord is missing, does not suit the file, cannot open it, or counts its frames otherwise."""
-    if decord is None or not probe.suits_decord:
+    if decord is None or not index.suits_decord:
         return None
     # libav would write its complaints to stderr; what matters comes back as an exception
     decord.logging.set_level(decord.logging.QUIET)
@@ -164,26 +147,21 @@ def _open_decord(path: str, probe: _Probe) -> _DecordReader | None:
         video = decord.VideoReader(path, num_threads=1)
     except (decord.DECORDError, RuntimeError):
         return None
-    return _DecordReader(video) if len(video) == probe.num_frames else None
+    return _DecordReader(video) if len(video) == index.num_frames else None
 
 
 class _PyAVReader:
     backend = "pyav"
 
-    def __init__(self, path: str) -> None:
-        self._path = path
-        packets, timed = _packets(path)
-        # a frame's name is its time of presentation; without times, its count from the start
-        shown = [p.time for p in packets if p.is_shown]
-        self._names = sorted(shown) if timed else list(range(len(shown)))
-        keys = [p for p in packets if p.is_key] if timed else []
-        self._keys = sorted((p.time, p.decoding_time) for p in keys)
+    def __init__(self, path: str, index: _Index) -> None:
+        self._path, self._times, self._keys = path, index.times, index.keys
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
-        names = [self._names[i] for i in indices]
+        # a frame's name: its time of presentation; without times, its count from the start
+        names = [self._times[i] if self._times else i for i in indices]
         try:
-            found = self._decode(set(names), seek=True)
-            if len(found) < len(set(names)) and self._keys:
+            found = self._decode(set(names), seek=bool(self._times))
+            if len(found) < len(set(names)) and self._times:
                 found = self._decode(set(names), seek=False)  # the container's seek table is wrong
         except av.FFmpegError as error:
             raise UnreadableVideo(self._path, f"damaged: {error.strerror or error}") from error
@@ -198,12 +176,27 @@ class _PyAVReader:
             if seek and (before := bisect_right(self._keys, (min(wanted), 1 << 62))):
                 # the key frame's decoding time: by presentation time a seek can land on a later one
                 container.seek(self._keys[before - 1][1], stream=stream)
-            for count, frame in enumerate(container.decode(stream)):
-                name = frame.pts if self._keys else count
-                if name in wanted:
+            reformatter = VideoReformatter()  # keeps its tables from frame to frame, where a frame's own does not
+            for name, frame in self._frames(container, stream, wanted if seek else None):
+                if name is not None and name in wanted:
                     if frame.is_corrupt:
                         raise UnreadableVideo(self._path, f"damaged at {frame.time:.2f} s")
-                    found[name] = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+                    image = reformatter.reformat(frame, format="rgb24").to_ndarray()
+                    found[name] = np.rot90(image, frame.rotation // 90)
                 if len(found) == len(wanted):
                     break
         return found
+
+    def _frames(
+        self, container: "av.container.InputContainer", stream: "av.VideoStream", wanted: set[int] | None
+    ) -> Iterator[tuple[int | None, av.VideoFrame]]:
+        """Frames with their names, in order; with wanted given, others may be missing."""
+        codec = stream.codec_context
+        count = 0
+        for packet in container.demux(stream):
+            if wanted is not None and codec.name in _SKIPPABLE:
+                is_wanted = packet.pts is None or packet.pts in wanted
+                codec.skip_frame = "DEFAULT" if is_wanted else "NONREF"
+            for frame in codec.decode(packet):
+                yield (frame.pts if self._times else count), frame
+                count += 1

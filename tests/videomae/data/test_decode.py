@@ -97,10 +97,11 @@ def test_numbers_frames_in_order_of_presentation(tmp_path, suffix, codec, option
 
 def test_decord_reads_what_it_reads_rightly_and_pyav_the_rest(tmp_path):
     frames = moving_frames(40)
-    closed = write_video(tmp_path / "closed.mp4", frames, gop=12, bf="2")
+    in_order = write_video(tmp_path / "in_order.mp4", frames, gop=12, bf="0")
+    reordered = write_video(tmp_path / "reordered.mp4", frames, gop=12, bf="2")
     open_gop = write_video(tmp_path / "open.mp4", frames, gop=12, bf="2", **{"x264-params": "open-gop=1:scenecut=0"})
     untimed = write_video(tmp_path / "untimed.avi", frames, codec="mpeg4")
-    assert [Video(path).backend for path in (closed, open_gop, untimed)] == ["decord", "pyav", "pyav"]
+    assert [Video(path).backend for path in (in_order, reordered, open_gop, untimed)] == ["decord"] + ["pyav"] * 3
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_decord_reads_what_it_reads_rightly_and_pyav_the_rest(tmp_path):
     ids=["bt709", "bt601", "full range"],
 )
 def test_both_back_ends_use_the_same_colours(tmp_path, monkeypatch, tags):
-    path = write_video(tmp_path / "colours.mp4", moving_frames(6), **tags)
+    path = write_video(tmp_path / "colours.mp4", moving_frames(6), bf="0", **tags)
     by_decord = Video(path)
     assert by_decord.backend == "decord"
     monkeypatch.setattr(decode, "decord", None)
