@@ -9,6 +9,7 @@ engine_for_pretraining (RECIPES B).
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from kernels.cubes import cut, pick
 from kernels.launch import IMAGENET_MEAN, IMAGENET_STD, check, check_frames, check_index
@@ -26,7 +27,7 @@ def pixel_target(
     std: tuple[float, ...] = IMAGENET_STD,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The target [B, M, P*C] of the loss, for the reference and for pictures; the loss kernel never stores it."""
+    """The target [B, M, P*C] of the loss; a fresh tensor without gradient. The kernel never stores it."""
     is_uint8 = frames.dtype == torch.uint8
     pixels = pick(cut(frames, cube), masked).to(dtype)  # [B, M, P, C], a copy: what follows works in place
     # uint8 stays on its 0-255 scale: sums of integers are exact in float32, so a constant cube gives 0 and not noise
@@ -42,6 +43,26 @@ def pixel_target(
     return pixels.div_(deviation + EPS * unit).flatten(2)
 
 
+class _SquaredError(torch.autograd.Function):
+    """Mean squared error of each clip, [B]. Keeps the residual, written over the target, and nothing else: mse_loss
+    keeps both its inputs and makes two more of their size, which on a CPU costs a tenth of a ViT-S step in page
+    faults."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, pred: Tensor, target: Tensor) -> Tensor:
+        residual = target.sub_(pred)
+        ctx.save_for_backward(residual)
+        ctx.dtype = pred.dtype  # type: ignore[attr-defined]
+        return torch.linalg.vector_norm(residual, dim=2).square().mean(dim=1) / residual.shape[2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor, None]:
+        (residual,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        factor = upstream * (-2 / (residual.shape[1] * residual.shape[2]))
+        return (residual * factor[:, None, None]).to(ctx.dtype), None  # type: ignore[attr-defined]
+
+
 def pixel_loss_ref(
     pred: Tensor,
     frames: Tensor,
@@ -55,13 +76,12 @@ def pixel_loss_ref(
 ) -> Tensor:
     """What the kernel must equal: the target in memory, then the mean squared error, no lower than float32."""
     wide = torch.promote_types(pred.dtype, torch.float32)
-    with torch.no_grad():
-        target = pixel_target(frames, masked, cube, normalize=normalize, mean=mean, std=std, dtype=wide)
+    target = pixel_target(frames, masked, cube, normalize=normalize, mean=mean, std=std, dtype=wide)
     if weight is None:
-        return torch.nn.functional.mse_loss(pred.to(wide), target) * scale
+        return _SquaredError.apply(pred, target).mean() * scale
     # chosen before the difference: a clip without weight may hold inf or nan, and 0 * nan would reach every gradient
-    chosen = torch.where((weight > 0)[:, None, None], pred.to(wide), target)
-    per_clip = (chosen - target).square().flatten(1).mean(dim=1)
+    chosen = torch.where((weight > 0)[:, None, None], pred, target.to(pred.dtype))
+    per_clip = _SquaredError.apply(chosen, target)
     total = weight.to(wide).sum()
     return (per_clip * weight.to(wide)).sum() / total.clamp_min(torch.finfo(wide).tiny) * scale
 

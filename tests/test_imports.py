@@ -8,7 +8,7 @@ import pytest
 
 LIGHT = ("kernels", "videomae", "videomae.model", "videomae.masking", "videomae.classifier")
 # data and command-line packages: a machine that only computes need not have them
-HEAVY = ("decord", "av", "tyro", "PIL", "matplotlib", "tensorboard", "tqdm", "transformers")
+HEAVY = ("decord", "av", "tyro", "PIL", "matplotlib", "tensorboard", "transformers")
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -98,7 +98,9 @@ class Attention(nn.Module):
         batch, length, width = x.shape
         bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
         qkv = functional.linear(x, self.qkv.weight, bias)
-        q, k, v = qkv.view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        # split along the last axis: its backward joins the three gradients in one copy, where that of a permute takes
+        # two
+        q, k, v = (part.view(batch, length, self.heads, -1).transpose(1, 2) for part in qkv.split(width, dim=-1))
         mixed = functional.scaled_dot_product_attention(q, k, v)  # [B, A, L, width / A]
         return self.proj(mixed.transpose(1, 2).reshape(batch, length, width))
 

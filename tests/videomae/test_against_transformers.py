@@ -130,9 +130,9 @@ def test_what_transformers_saves_loads_with_the_same_output(kind, tmp_path):
     torch.manual_seed(4)
     pretrains = kind == "VideoMAEForPreTraining"
     config = transformers.VideoMAEConfig(
-        hidden_size=96, num_hidden_layers=4, num_attention_heads=3, intermediate_size=384, image_size=64, num_frames=4,
-        decoder_hidden_size=48, decoder_num_hidden_layers=2, decoder_num_attention_heads=3,
-        decoder_intermediate_size=192, layer_norm_eps=NORM_EPS, use_mean_pooling=not pretrains, num_labels=5,
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256, image_size=64, num_frames=4,
+        decoder_hidden_size=64, decoder_num_hidden_layers=2, decoder_num_attention_heads=4,
+        decoder_intermediate_size=256, layer_norm_eps=NORM_EPS, use_mean_pooling=not pretrains, num_labels=5,
     )  # fmt: skip
     theirs = getattr(transformers, kind)(config).eval()
     fill_(theirs)

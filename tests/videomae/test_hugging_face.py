@@ -57,7 +57,7 @@ def test_it_gives_query_key_and_value_their_rows():
     official = filled(MODELS["pretrain"]()).state_dict()
     qkv, theirs = official["encoder.blocks.0.attn.qkv.weight"], from_official(official)
     for i, part in enumerate(("query", "key", "value")):
-        assert torch.equal(theirs[f"{IN_LAYER}.{part}.weight"], qkv[96 * i : 96 * (i + 1)])
+        assert torch.equal(theirs[f"{IN_LAYER}.{part}.weight"], qkv[64 * i : 64 * (i + 1)])
     assert torch.equal(
         theirs["decoder.decoder_layers.1.intermediate.dense.weight"], official["decoder.blocks.1.mlp.fc1.weight"]
     )
@@ -74,16 +74,16 @@ def test_it_reads_the_names_of_a_model_saved_alone():
 
 
 def test_it_takes_a_key_bias_of_zero_and_no_other(official):
-    theirs = from_official(official) | {f"{IN_LAYER}.key.bias": torch.zeros(96)}
+    theirs = from_official(official) | {f"{IN_LAYER}.key.bias": torch.zeros(64)}
     assert_same(to_official(theirs), official)
     with pytest.raises(ValueError, match=r"blocks.0.attn.k_bias is not zero"):
-        to_official(theirs | {f"{IN_LAYER}.key.bias": torch.eye(96)[0]})
+        to_official(theirs | {f"{IN_LAYER}.key.bias": torch.eye(64)[0]})
 
 
 def test_it_refuses_two_spellings_and_thirds_of_an_attention(official):
     theirs = from_official(official)
     with pytest.raises(ValueError, match="under two spellings"):
-        to_official(theirs | {f"{IN_LAYER}.q_bias": torch.zeros(96)})
+        to_official(theirs | {f"{IN_LAYER}.q_bias": torch.zeros(64)})
     del theirs[f"{IN_LAYER}.value.weight"]
     with pytest.raises(ValueError, match=r"no blocks.0.attn.v.weight"):
         to_official(theirs)

@@ -118,8 +118,8 @@ def test_a_finetuning_file_leaves_an_encoder_its_norm(format, tmp_path):
     source, model = classifier(), videomae.encoder("vit_tiny", **SMALL)
     report = videomae.load_weights(model, write(source, tmp_path, format))
     assert set(report.fresh) == {"norm.weight", "norm.bias"}
-    assert torch.equal(model.norm.weight, torch.ones(96))
-    assert torch.equal(model.norm.bias, torch.zeros(96))
+    assert torch.equal(model.norm.weight, torch.ones(64))
+    assert torch.equal(model.norm.bias, torch.zeros(64))
     assert equal(model.blocks, source.blocks)
     assert set(report.ignored) == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
 
@@ -151,17 +151,17 @@ def without(tensors, *names):
     [
         (pretrain, lambda t: without(t, "mask_token"), "no pre-training file.* mask_token is missing"),
         (pretrain, lambda t: without(t, "encoder.norm.bias"), "encoder.norm.bias is missing"),
-        (pretrain, lambda t: t | {"fc_norm.bias": torch.ones(96)}, "fc_norm.bias is not in the model"),
-        (pretrain, lambda t: t | {"decoder.blocks.0.gamma_1": torch.ones(48)}, "decoder.blocks.0.gamma_1 is not in"),
-        (classifier, lambda t: without(t, "blocks.3.attn.v_bias"), "blocks.3.attn.v_bias is missing"),
+        (pretrain, lambda t: t | {"fc_norm.bias": torch.ones(64)}, "fc_norm.bias is not in the model"),
+        (pretrain, lambda t: t | {"decoder.blocks.0.gamma_1": torch.ones(64)}, "decoder.blocks.0.gamma_1 is not in"),
+        (classifier, lambda t: without(t, "blocks.1.attn.v_bias"), "blocks.1.attn.v_bias is missing"),
         (classifier, lambda t: without(t, "fc_norm.weight"), "fc_norm.weight is missing"),
         (classifier, lambda t: without(t, "head.weight", "head.bias"), "head.weight is missing, head.bias is missing"),
-        (classifier, lambda t: t | {"head.weight": torch.ones(5, 8)}, r"head.weight must be \(5, 96\), not \(5, 8\)"),
-        (classifier, lambda t: t | {"blocks.0.gamma_1": torch.ones(96)}, "blocks.0.gamma_1 is not in the model"),
-        (classifier, lambda t: t | {"blocks.4.norm1.bias": torch.ones(96)}, "has 5 encoder blocks, the model 4"),
+        (classifier, lambda t: t | {"head.weight": torch.ones(5, 8)}, r"head.weight must be \(5, 64\), not \(5, 8\)"),
+        (classifier, lambda t: t | {"blocks.0.gamma_1": torch.ones(64)}, "blocks.0.gamma_1 is not in the model"),
+        (classifier, lambda t: t | {"blocks.2.norm1.bias": torch.ones(64)}, "has 3 encoder blocks, the model 2"),
         (encoder, lambda t: without(t, "norm.weight", "norm.bias"), "norm.weight is missing"),
-        (encoder, lambda t: t | {"pos_embed": torch.ones(1, 8, 96)}, "pos_embed is not in the model"),
-        (encoder, lambda t: t | {"encoder.norm.bias": torch.ones(96)}, "holds an encoder's weights twice"),
+        (encoder, lambda t: t | {"pos_embed": torch.ones(1, 8, 64)}, "pos_embed is not in the model"),
+        (encoder, lambda t: t | {"encoder.norm.bias": torch.ones(64)}, "holds an encoder's weights twice"),
         (encoder, lambda t: {"a": torch.ones(3)}, "patch_embed.proj.weight is missing.* and [0-9]+ more"),
     ],
 )
@@ -185,7 +185,7 @@ def test_another_decoder_depth_names_the_argument(file_depth, model_depth, forma
 
 
 def test_a_classifier_is_no_place_for_another_size_or_module():
-    with pytest.raises(ValueError, match="has 4 encoder blocks, the model 12"):
+    with pytest.raises(ValueError, match="has 2 encoder blocks, the model 12"):
         videomae.load_weights(videomae.encoder("vit_small", **SMALL), encoder().state_dict())
     with pytest.raises(ValueError, match="VideoMAE, Encoder or Classifier; got Linear"):
         videomae.load_weights(torch.nn.Linear(2, 2), encoder().state_dict())
@@ -198,11 +198,11 @@ def change_json(path, **changes):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"hidden_size": 192}, "width 192, the model 96"),
-        ({"num_hidden_layers": 12}, "depth 12, the model 4"),
-        ({"num_attention_heads": 6}, "heads 6, the model 3"),
+        ({"hidden_size": 192}, "width 192, the model 64"),
+        ({"num_hidden_layers": 12}, "depth 12, the model 2"),
+        ({"num_attention_heads": 6}, "heads 6, the model 4"),
         ({"tubelet_size": 1}, r"cube \(1, 16, 16\), the model \(2, 16, 16\)"),
-        ({"decoder_num_attention_heads": 6}, "decoder heads 6, the model 3"),
+        ({"decoder_num_attention_heads": 6}, "decoder heads 6, the model 4"),
         ({"model_type": "vit"}, "must be a VideoMAE's"),
     ],
 )
@@ -281,8 +281,8 @@ def test_our_files_geometry_is_checked(tmp_path):
     larger = videomae.pretrain_model("vit_tiny", decoder_depth=2, frames=8, image_size=32)
     assert "the file's frames: 4, the model's: 8" in str(videomae.load_weights(larger, tmp_path / "a.safetensors"))
     tiny = SIZES["vit_tiny"]
-    other_heads = VideoMAE(Size(96, 4, 6, tiny.decoder_width, 3), Input(4, 32), decoder_depth=2)
-    with pytest.raises(ValueError, match="heads 3, the model 6"):
+    other_heads = VideoMAE(Size(64, 2, 8, tiny.decoder_width, 4), Input(4, 32), decoder_depth=2)
+    with pytest.raises(ValueError, match="heads 4, the model 8"):
         videomae.load_weights(other_heads, tmp_path / "a.safetensors")
 
 
@@ -316,7 +316,7 @@ def test_the_command_goes_there_and_back_without_changing_a_bit(make, tmp_path, 
     assert main([str(tmp_path / "a.pth"), str(tmp_path / "hf"), "--to", "hf"]) == 0
     assert "official weights" in capsys.readouterr().out
     assert sorted(os.listdir(tmp_path / "hf")) == ["config.json", "model.safetensors", "preprocessor_config.json"]
-    assert json.loads((tmp_path / "hf" / "config.json").read_text())["num_attention_heads"] == 3
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["num_attention_heads"] == 4
     assert main([str(tmp_path / "hf"), str(tmp_path / "b.pth"), "--to", "official"]) == 0
     assert "hugging face weights" in capsys.readouterr().out
     there, back = (torch.load(tmp_path / name)["model"] for name in ("a.pth", "b.pth"))
