@@ -85,6 +85,7 @@ def transformers_step(weights: torch.nn.Module | None = None) -> Callable[[], to
 
 @pytest.mark.benchmark(group="step, ViT-S, float32, CPU")
 def test_step_is_faster_than_transformers(benchmark, capsys):
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     model, ours = our_step()
     theirs = transformers_step(model)
     times: dict[str, list[float]] = {"ours": [], "transformers": []}

@@ -38,9 +38,6 @@ class Mask:
     def to(self, device: torch.device | str) -> "Mask":
         return Mask(self.visible.to(device, non_blocking=True), self.masked.to(device, non_blocking=True))
 
-    def __getitem__(self, rows: slice) -> "Mask":
-        return Mask(self.visible[rows], self.masked[rows])
-
     def to_bool(self) -> Tensor:
         """[B, N], True = masked."""
         hidden = torch.zeros(len(self.masked), self.num_cubes, dtype=torch.bool, device=self.masked.device)
