@@ -5,6 +5,7 @@ them.
 """
 
 import json
+import shutil
 import sys
 import time
 from collections import deque
@@ -63,7 +64,16 @@ class RunLog:
         self._metrics = (out / "metrics.jsonl").open("a", buffering=1)
         self._board = _open_board(out / "tensorboard", start) if config.tensorboard else None
         self._interactive = sys.stderr.isatty()
-        self._bar = tqdm(total=steps, initial=start, disable=not self._interactive, unit="step", dynamic_ncols=True)
+        # a terminal that does not tell its size, as in some containers, would show nothing
+        columns, rows = shutil.get_terminal_size((120, 24))
+        self._bar = tqdm(
+            total=steps,
+            initial=start,
+            disable=not self._interactive,
+            ncols=columns,
+            nrows=rows,
+            bar_format="{n_fmt}/{total_fmt} {bar:12} {remaining} left{postfix}",
+        )
         self._begin_window()
 
     def __enter__(self) -> "RunLog":
@@ -159,7 +169,7 @@ class RunLog:
     def _show(self, entry: dict) -> None:
         text = (
             f"loss {_number(entry['loss'])}  lr {entry['lr']:.2e}  {entry['clips_per_second']:.0f} clips/s  "
-            f"waiting for data {entry['data_wait']:.0%}"
+            f"data wait {entry['data_wait']:.0%}"
         )
         text += f"  {self._skipped} clips skipped" if self._skipped else ""
         text += f"  {self._nonfinite} steps not finite" if self._nonfinite else ""
