@@ -72,7 +72,7 @@ class RunLog:
             disable=not self._interactive,
             ncols=columns,
             nrows=rows,
-            bar_format="{n_fmt}/{total_fmt} {bar:12} {remaining} left{postfix}",
+            bar_format="{n_fmt}/{total_fmt} {bar:6} {remaining} left{postfix}",
         )
         self._begin_window()
 
@@ -168,16 +168,16 @@ class RunLog:
 
     def _show(self, entry: dict) -> None:
         text = (
-            f"loss {_number(entry['loss'])}  lr {entry['lr']:.2e}  {entry['clips_per_second']:.0f} clips/s  "
+            f"loss {_number(entry['loss'])}, lr {entry['lr']:.1e}, {entry['clips_per_second']:.0f} clips/s, "
             f"data wait {entry['data_wait']:.0%}"
         )
-        text += f"  {self._skipped} clips skipped" if self._skipped else ""
-        text += f"  {self._nonfinite} steps not finite" if self._nonfinite else ""
+        text += f", {self._skipped} clips skipped" if self._skipped else ""
+        text += f", {self._nonfinite} steps not finite" if self._nonfinite else ""
         if self._interactive:
             self._bar.set_postfix_str(text)
         else:
             left = self._bar_left(entry)
-            print(f"step {entry['step']}/{self._steps}  {text}  {left} left", file=sys.stderr, flush=True)
+            print(f"step {entry['step']}/{self._steps}, {left} left, {text}", file=sys.stderr, flush=True)
 
     def _bar_left(self, entry: dict) -> str:
         clips_left = (self._steps - entry["step"]) * self._window[-1].clips
