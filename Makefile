@@ -31,10 +31,12 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 
-# constraints.txt pins torch to a release that a CPU-only package index offers as a CPU build: pip takes that one where it sees it
+# constraints.txt pins torch to a release, not a build: without a GPU pip takes the CPU build where it is offered one (X+cpu is
+# newer than X to pip), and with a GPU === asks for the plain one
+TORCH := $(if $(shell command -v nvidia-smi),$(subst ==,===,$(shell grep '^torch==' constraints.txt)))
 $(VENV)/run.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV) ..."
-	$(PIP) --editable .
+	$(PIP) $(TORCH) --editable .
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp

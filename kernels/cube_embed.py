@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.cubes import cut, pick
-from kernels.launch import IMAGENET_MEAN, IMAGENET_STD, check, check_frames, check_index
+from kernels.launch import IMAGENET_MEAN, IMAGENET_STD, channel_values, check, check_frames, check_index
 
 
 def cube_embed_ref(
@@ -27,8 +27,8 @@ def cube_embed_ref(
     pixels = cubes.flatten(2).to(weight.dtype)  # [B, V, dt*dy*dx*C], channel fastest
     if frames.dtype == torch.uint8:
         repeats = pixels.shape[-1] // frames.shape[-1]
-        scale = pixels.new_tensor([1 / (255 * s) for s in std]).repeat(repeats)
-        shift = pixels.new_tensor([-m / s for m, s in zip(mean, std, strict=True)]).repeat(repeats)
+        scales, shifts = tuple(1 / (255 * s) for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True))
+        scale, shift = (channel_values(v, repeats, pixels.dtype, pixels.device) for v in (scales, shifts))
         pixels = torch.addcmul(shift, pixels, scale)
     tokens = functional.linear(pixels, rearrange(weight, "d c dt dy dx -> d (dt dy dx c)"), bias)
     rows = positions if index is None else positions[index.long()]

@@ -1,11 +1,19 @@
 """What every op shares: input checks, and the normalisation constants of its pixels."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 # ImageNet's, on pixels scaled to [0, 1], red first: what the official VideoMAE data pipeline uses
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@lru_cache(maxsize=64)
+def channel_values(values: tuple[float, ...], repeats: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A value for each channel, repeated, as a tensor. Remembered: making one from a list waits for a GPU."""
+    return torch.tensor(values, dtype=dtype, device=device).repeat(repeats)
 
 
 def check(condition: bool, message: str) -> None:

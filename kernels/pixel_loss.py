@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from kernels.cubes import cut, pick
-from kernels.launch import IMAGENET_MEAN, IMAGENET_STD, check, check_frames, check_index
+from kernels.launch import IMAGENET_MEAN, IMAGENET_STD, channel_values, check, check_frames, check_index
 
 EPS = 1e-6  # added to the standard deviation, outside the root
 
@@ -33,7 +33,8 @@ def pixel_target(
     # uint8 stays on its 0-255 scale: sums of integers are exact in float32, so a constant cube gives 0 and not noise
     unit = 255.0 if is_uint8 else 1.0
     if not is_uint8:
-        pixels = pixels * pixels.new_tensor(std) + pixels.new_tensor(mean)
+        shift, scale = (channel_values(tuple(v), 1, dtype, pixels.device) for v in (mean, std))
+        pixels = pixels * scale + shift
     if not normalize:
         return pixels.div_(unit).flatten(2)
     if not is_uint8:

@@ -33,6 +33,10 @@ class Checkpointing:
         check(self.keep >= 1, f"checkpoint.keep must be at least 1; got {self.keep}")
 
 
+class CannotSave(Exception):
+    """A checkpoint that cannot be written; those before it are as they were."""
+
+
 class Damaged(Exception):
     """A checkpoint that cannot be read."""
 
@@ -45,26 +49,47 @@ def save(folder: Path, step: int, model: nn.Module, state: dict[str, Any], *, ke
     for leftover in folder.glob(".step_*"):  # of a run that was killed while writing
         shutil.rmtree(leftover)
     temporary.mkdir()
-    save_weights(model, temporary / "model.safetensors")
-    with open(temporary / "state.pt", "wb") as file:
-        torch.save({**state, "step": step}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync(temporary)
+    try:
+        save_weights(model, temporary / "model.safetensors")
+        with open(temporary / "state.pt", "wb") as file:
+            torch.save({**state, "step": step}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        _sync(temporary)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # a full disk: what was half written would keep it full
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CannotSave(f"checkpoint of step {step} could not be written to {folder}: {error}") from error
     if final.exists():
         # the same step of an earlier, resumed run: moved away first, since a folder cannot be replaced in one stroke
         os.rename(final, folder / f".step_{step}.old")
     os.rename(temporary, final)
     _sync(folder)
-    for old in [folder / f".step_{step}.old", *checkpoints(folder)[keep:]]:
+    older = [path for path in checkpoints(folder) if _number(path) <= step]
+    for old in [folder / f".step_{step}.old", *older[keep:]]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """All that are there, newest first."""
-    found = [(int(m[1]), p) for p in folder.glob("step_*") if (m := re.fullmatch(r"step_(\d+)", p.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(found, key=_number, reverse=True)
+
+
+def set_aside_after(folder: Path, step: int) -> None:
+    """Rename the checkpoints of later steps to set_aside_step_<n>: the run goes on from `step`, and they are not of its
+    past."""
+    for path in checkpoints(folder):
+        if _number(path) > step:
+            aside = path.with_name(f"set_aside_{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(path, aside)
+            print(f"{path} was renamed to {aside.name}: the run goes on from step {step}", file=sys.stderr)
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -74,8 +99,12 @@ def read_state(path: Path) -> dict[str, Any]:
         with safe_open(path / "model.safetensors", framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118 - not a dict
                 weights.get_tensor(name)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+    except pickle.UnpicklingError as error:  # torch's message recommends loading it unsafely
+        raise Damaged(f"{path}: state.pt is no checkpoint of this program, or is damaged") from error
+    except (OSError, RuntimeError, EOFError, SafetensorError) as error:
         raise Damaged(f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+    if not (isinstance(state, dict) and state.keys() >= _KEYS):
+        raise Damaged(f"{path}: state.pt is no checkpoint of this program")
     return state
 
 
@@ -99,6 +128,10 @@ def latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 def restore(path: Path, model: nn.Module) -> None:
     """The checkpoint's weights into the model."""
     load_weights(model, path / "model.safetensors")
+
+
+# what a run needs to go on
+_KEYS = frozenset(("step", "config", "videos", "micro_batch", "precision", "rng", "optimizer", "scaler"))
 
 
 def _sync(folder: Path) -> None:

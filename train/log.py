@@ -58,9 +58,10 @@ class RunLog:
     def __init__(self, out: Path, config: Logging, *, start: int, steps: int, max_nonfinite: int) -> None:
         self._config, self._out, self._steps, self._max_nonfinite = config, out, steps, max_nonfinite
         self._pending: deque[_Step] = deque()
-        self._nonfinite = self._in_a_row = self._skipped = 0
-        _forget_after(out / "metrics.jsonl", start)
-        _forget_after(out / "nonfinite.jsonl", start)
+        self._in_a_row = 0
+        forget_after(out / "metrics.jsonl", start)
+        forget_after(out / "nonfinite.jsonl", start)
+        self._skipped, self._nonfinite = _counted_before(out / "metrics.jsonl")
         self._metrics = (out / "metrics.jsonl").open("a", buffering=1)
         self._board = _open_board(out / "tensorboard", start) if config.tensorboard else None
         self._interactive = sys.stderr.isatty()
@@ -192,7 +193,14 @@ def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
 
 
-def _forget_after(path: Path, step: int) -> None:
+def _counted_before(metrics: Path) -> tuple[int, int]:
+    """Skipped clips and steps that were not finite in the part of the run that metrics.jsonl tells of."""
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    last = json.loads(lines[-1]) if lines else {}
+    return last.get("skipped_clips", 0), last.get("nonfinite_steps", 0)
+
+
+def forget_after(path: Path, step: int) -> None:
     """Drop lines of steps that a resumed run will do again."""
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)

@@ -27,9 +27,8 @@ class Optim:
     max_nonfinite: int = 20  # steps in a row with a loss or gradient that is not finite before the run stops
 
     def __post_init__(self) -> None:
-        check(
-            self.base_lr > 0 and self.min_lr >= 0, f"learning rates must be positive; got {self.base_lr}, {self.min_lr}"
-        )
+        check(0 < self.base_lr < math.inf, f"optim.base-lr must be positive and finite; got {self.base_lr}")
+        check(0 <= self.min_lr < math.inf, f"optim.min-lr must not be negative, nor infinite; got {self.min_lr}")
         check(self.warmup_epochs >= 0, f"optim.warmup-epochs must not be negative; got {self.warmup_epochs}")
         check(self.weight_decay >= 0, f"optim.weight-decay must not be negative; got {self.weight_decay}")
         check(all(0 <= b < 1 for b in self.betas), f"optim.betas must be in [0, 1); got {self.betas}")
@@ -96,10 +95,11 @@ class Updater:
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
 
-    def step(self, step: int, *, grad_factor: float = 1.0) -> StepStats:
+    def step(self, step: int, loss: Tensor, *, grad_factor: float = 1.0, skip: bool = False) -> StepStats:
         """Update the weights with the schedule's rate for this step, gradients times grad_factor.
 
-        Where a gradient is not finite, the device leaves weights and optimiser as they are, without asking the host.
+        Where the loss or a gradient is not finite, the device leaves weights and optimiser as they are, without asking
+        the host; and so for skip, of a step without a single clip.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self._schedule.at(step)
@@ -108,16 +108,14 @@ class Updater:
         if grad_factor != 1.0:
             torch._foreach_mul_(gradients, grad_factor)
         norm = get_total_norm(gradients)
-        nonfinite = (~norm.isfinite()).float()
+        nonfinite = (~(norm.isfinite() & loss.isfinite())).float()
         if self._config.clip_grad is not None:
             clip_grads_with_norm_(self._parameters, self._config.clip_grad, norm)
-        if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            # what GradScaler tells a fused optimiser, for every precision
-            self.optimizer.found_inf, self.optimizer.grad_scale = nonfinite, None  # type: ignore[attr-defined]
-            self.optimizer.step()
+        # what GradScaler tells a fused optimiser, for every precision
+        found_inf = torch.ones_like(nonfinite) if skip else nonfinite
+        self.optimizer.found_inf, self.optimizer.grad_scale = found_inf, None  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return StepStats(norm, nonfinite)
 

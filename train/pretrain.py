@@ -34,7 +34,8 @@ from videomae.model import VideoMAE, pretrain_model, set_recompute, size_of
 PROG = "python -m train.pretrain"
 _PREVIEWS = 3  # clips in the reconstruction picture
 
-# what may differ between the parts of one run: nothing here changes a clip or an update
+# what may differ between the parts of one run: nothing here changes a clip. steps and epochs change the learning rates
+# still to come; micro_batch and device the rounding
 _FREE = ("data", "out", "epochs", "steps", "micro_batch", "workers", "device", "resume", "optim.max_nonfinite")
 _FREE_SECTIONS = ("loader.", "log.", "checkpoint.")
 
@@ -61,6 +62,7 @@ class Run:
             "config": flat(self.config),
             "videos": self.videos.fingerprint,
             "micro_batch": self.plan.micro_batch,
+            "precision": self.precision,
             "rng": torch.get_rng_state(),
             **self.updater.state_dict(),
         }
@@ -74,11 +76,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = _one_length(parse(arguments, PRETRAIN, "demo", prog=PROG, about=about))
     try:
         with user_errors(PROG):
-            run = prepare(config)
+            run, resumed_from = prepare(config)
+        _say_plan(run, resumed_from)
         return pretrain(run)
-    except (TooManyUnreadable, TooManyNonFinite, checkpoint.Damaged) as error:
+    except (TooManyUnreadable, TooManyNonFinite, checkpoint.Damaged, checkpoint.CannotSave) as error:
         print(f"{PROG}: stopped: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"{PROG}: stopped at once", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def _one_length(config: PretrainConfig) -> PretrainConfig:
@@ -91,9 +97,11 @@ def _one_length(config: PretrainConfig) -> PretrainConfig:
     return replace(config, steps=None)
 
 
-def prepare(config: PretrainConfig) -> Run:
-    """Everything that can be refused, before the first clip is decoded. Raises ValueError for what the user can
-    mend."""
+def prepare(config: PretrainConfig) -> tuple[Run, Path | None]:
+    """Everything that can be refused, before the first clip is decoded; and the checkpoint that the run goes on from.
+
+    Raises ValueError for what the user can mend.
+    """
     device = pick_device(config.device)
     precision = resolve_precision(config.precision, device)
     cpus = available_cpus()
@@ -101,13 +109,15 @@ def prepare(config: PretrainConfig) -> Run:
         torch.set_num_threads(cpus)
     videos = find_videos(config.data) if config.data is not None else _demo_videos(config)
     out = Path(config.out or f"runs/pretrain-{config.recipe}")
-    found = _find_checkpoint(config, out, videos)
+    found = _find_checkpoint(config, out, videos, precision)
 
     torch.manual_seed(config.seed)
     model = _build(config)
     set_recompute(model, config.model.recompute)
     model.to(device)
-    micro_batch = config.micro_batch or (found[1]["micro_batch"] if found else None)
+    micro_batch = config.micro_batch
+    if micro_batch is None and found and config.resume == "auto":
+        micro_batch = found[1]["micro_batch"]  # memory may be another today; the same run takes the same sums
     plan = _plan(config, model, device, precision, micro_batch)
     lengths = _schedule(config, len(videos))
     updater = Updater(model, config.optim, lengths, precision, device)
@@ -121,9 +131,13 @@ def prepare(config: PretrainConfig) -> Run:
     # a GPU waits for as many decoders as there are; a CPU that trains needs its cores itself
     workers = config.workers if config.workers is not None else max(cpus - 1 if device.type == "cuda" else cpus // 2, 1)
     run = Run(config, out, videos, device, precision, workers, plan, lengths, model, updater, start)
+    if config.resume == "never":
+        record.move_aside(out)
+    if not found:
+        (out / "skipped.jsonl").unlink(missing_ok=True)  # of a run that never reached a checkpoint
+    checkpoint.set_aside_after(out / "checkpoints", start)
     record.write_config(out, flat(config), _facts(run), resumed_at=start if found else None)
-    _say_plan(run, found[0] if found else None)
-    return run
+    return run, found[0] if found else None
 
 
 def pretrain(run: Run) -> int:
@@ -135,7 +149,7 @@ def pretrain(run: Run) -> int:
     reader = ClipReader(
         config.model.frames, config.model.input.size, config.sampling.stride, config.augment, config.seed
     )
-    skipped = Skipped(run.out / "skipped.jsonl", len(run.videos))
+    skipped = Skipped(run.out / "skipped.jsonl", run.videos.paths, done)
     log = RunLog(run.out, config.log, start=done, steps=steps, max_nonfinite=config.optim.max_nonfinite)
     loader = Loader(
         reader,
@@ -149,31 +163,46 @@ def pretrain(run: Run) -> int:
     with _stop_signals() as stop, log, loader:
         batches = iter(loader)
         preview = _keep(next(batches))
+        saved = done if done else None
         try:
             while done < steps and not stop:
-                _step(run, done, batches, skipped, log)
+                report = _step(run, done, batches, skipped, log, stop)
+                if report is None:
+                    break
                 done += 1
-                if done % config.log.picture_every == 0 or done == steps:
-                    _picture(run, preview, done)
-                if done % config.checkpoint.every == 0 or done == steps or stop:
+                log.push(done, **report)
+                if done % config.checkpoint.every == 0 or done == steps:
                     log.flush()
                     _save(run, done)
-        except TooManyUnreadable:
-            _save(run, done)  # what was learned so far is sound
-            raise
+                    saved = done
+                if done % config.log.picture_every == 0 or done == steps:
+                    _picture(run, preview, done)
+        finally:
+            # stopped by a signal, by unreadable videos, by steps that were not finite: what was learned so far is sound
+            if saved != done and not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+                _save(run, done)
+                log.flush()
     return _finish(run, done, "Finished", stop)
 
 
-def _step(run: Run, step: int, batches: Iterator[Batch], skipped: Skipped, log: RunLog) -> None:
-    """One update: micro-batches forward and backward, then the optimiser. step counts from 0."""
+def _step(
+    run: Run, step: int, batches: Iterator[Batch], skipped: Skipped, log: RunLog, stop: list[int]
+) -> dict[str, Any] | None:
+    """One update: micro-batches forward and backward, then the optimiser. step counts from 0.
+
+    Returns what to report; None when a signal came between two micro-batches: a large step can take minutes.
+    """
     clips = run.plan.clips
     loss = torch.zeros((), device=run.device)
     real, waited, lost, paths = 0, 0.0, 0, []
     for _ in range(run.plan.accumulation):
+        if stop:
+            return None
         before = time.monotonic()
         batch = next(batches)
         waited += time.monotonic() - before
-        skipped.see(batch.samples, batch.skips, step + 1)
+        for skip in skipped.see(batch.samples, batch.skips, step + 1):
+            log.say(f"skipped: {skip.path}: {skip.reason}")
         # the micro-batch's share of the step, as if all clips were real; corrected below when some are not
         micro_real = len(batch.samples) - len(batch.skips)
         real, lost = real + micro_real, lost + len(batch.skips)
@@ -182,16 +211,15 @@ def _step(run: Run, step: int, batches: Iterator[Batch], skipped: Skipped, log: 
         run.updater.backward(part)
         loss += part.detach()
     factor = clips / real if 0 < real < clips else 1.0
-    stats = run.updater.step(step, grad_factor=factor)
-    log.push(
-        step + 1,
-        torch.stack((loss * factor, stats.grad_norm, stats.nonfinite)),
-        lr=run.schedule.at(step),
-        clips=clips,
-        skipped=lost,
-        waited=waited,
-        paths=paths,
-    )
+    stats = run.updater.step(step, loss, grad_factor=factor, skip=real == 0)
+    return {
+        "values": torch.stack((loss * factor, stats.grad_norm, stats.nonfinite)),
+        "lr": run.schedule.at(step),
+        "clips": clips,
+        "skipped": lost,
+        "waited": waited,
+        "paths": paths,
+    }
 
 
 def _loss(run: Run, batch: Batch, *, scale: float) -> Tensor:
@@ -254,7 +282,8 @@ def _save(run: Run, done: int) -> None:
 
 
 def _finish(run: Run, done: int, how: str, stop: list[int]) -> int:
-    draw_curves(run.out / "metrics.jsonl", run.out / "curves.png")
+    if how == "Finished":
+        draw_curves(run.out / "metrics.jsonl", run.out / "curves.png")
     if done < run.schedule.steps:
         print(
             f"\nStopped at step {done} of {run.schedule.steps}, checkpoint saved. The same command goes on from there."
@@ -304,29 +333,39 @@ def _demo_videos(config: PretrainConfig) -> VideoList:
     return find_videos(make_demo(folder))
 
 
-def _find_checkpoint(config: PretrainConfig, out: Path, videos: VideoList) -> tuple[Path, dict[str, Any]] | None:
+def _find_checkpoint(
+    config: PretrainConfig, out: Path, videos: VideoList, precision: str
+) -> tuple[Path, dict[str, Any]] | None:
     """Where to go on from. Raises ValueError when the run folder holds a run with other settings."""
     if config.resume == "never":
-        record.move_aside(out)
         return None
     if config.resume != "auto":
         path = Path(config.resume)
         if not (path / "state.pt").exists():
             raise ValueError(f"no checkpoint at {path}: give a folder checkpoints/step_<n>, auto or never")
-        return path, checkpoint.read_state(path)
-    found = checkpoint.latest(out / "checkpoints")
-    if found is None:
+        found = path, checkpoint.read_state(path)
+        for difference in _differences(config, found[1], videos, precision):
+            print(f"note: unlike the run of {path}: {difference}", file=sys.stderr)
+        return found
+    latest = checkpoint.latest(out / "checkpoints")
+    if latest is None:
         return None
-    new, old = flat(config), found[1]["config"]
+    if changed := _differences(config, latest[1], videos, precision):
+        listing = "; ".join(changed)
+        raise ValueError(f"{out} holds a run with other settings ({listing}); give another --out, or --resume never")
+    return latest
+
+
+def _differences(config: PretrainConfig, state: dict[str, Any], videos: VideoList, precision: str) -> list[str]:
+    """What makes this another run than the one that state is of."""
+    new, old = flat(config), state["config"]
     fixed = [key for key in new if key not in _FREE and not key.startswith(_FREE_SECTIONS)]
     changed = [f"{key}: {old.get(key)} -> {new[key]}" for key in fixed if old.get(key) != new[key]]
-    if found[1]["videos"] != videos.fingerprint:
+    if state["precision"] != precision:
+        changed.append(f"precision: {state['precision']} -> {precision}")
+    if state["videos"] != videos.fingerprint:
         changed.append("the list of videos")
-    if changed:
-        raise ValueError(
-            f"{out} holds a run with other settings ({'; '.join(changed)}); give another --out, or --resume never"
-        )
-    return found
+    return changed
 
 
 def _schedule(config: PretrainConfig, num_videos: int) -> Schedule:
@@ -338,7 +377,9 @@ def _schedule(config: PretrainConfig, num_videos: int) -> Schedule:
     else:
         assert config.epochs is not None
         steps = max(int(config.epochs * num_videos / config.batch_size), 1)
-        warmup_steps = int(steps * optim.warmup_epochs / config.epochs)
+        # a run that the user made shorter than its recipe's warm-up gets a tenth of it
+        share = optim.warmup_epochs / config.epochs
+        warmup_steps = int(steps * (share if share < 1 else 0.1))
     return schedule(optim, batch_size=config.batch_size, steps=steps, warmup_steps=warmup_steps)
 
 
@@ -380,11 +421,13 @@ def _facts(run: Run) -> dict[str, Any]:
 def _say_plan(run: Run, resumed_from: Path | None) -> None:
     config, model = run.config, run.config.model
     millions = sum(p.numel() for p in run.model.parameters()) / 1e6
-    device = (
-        torch.cuda.get_device_name(run.device)
-        if run.device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads"
-    )
+    if run.device.type == "cuda":
+        count = torch.cuda.device_count()
+        device = torch.cuda.get_device_name(run.device) + (
+            f" (1 of {count}: one process uses one)" if count > 1 else ""
+        )
+    else:
+        device = f"cpu, {torch.get_num_threads()} threads"
     height, width = model.input.size
     hidden = masking.num_masked(config.mask.kind, model.input.grid, config.mask.ratio)
     passes = run.schedule.steps * config.batch_size / len(run.videos)

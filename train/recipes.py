@@ -106,7 +106,13 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         check(self.batch_size >= 1, f"batch-size must be at least 1; got {self.batch_size}")
         check(self.steps is None or self.steps >= 1, f"steps must be at least 1; got {self.steps}")
-        check(self.epochs is None or self.epochs > 0, f"epochs must be positive; got {self.epochs}")
+        check(self.epochs is None or 0 < self.epochs < 1e9, f"epochs must be positive and finite; got {self.epochs}")
+        check(
+            self.micro_batch is None or self.micro_batch >= 1, f"micro-batch must be at least 1; got {self.micro_batch}"
+        )
+        check(-(2**63) <= self.seed < 2**63, f"seed must fit 64 bits; got {self.seed}")
+        check(self.data != "", "data must not be empty")
+        check(self.resume != "", "resume must be auto, never, or the path of a checkpoint")
         check(self.workers is None or self.workers >= 0, f"workers must not be negative; got {self.workers}")
         masking.num_masked(self.mask.kind, self.model.input.grid, self.mask.ratio)
 

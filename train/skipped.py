@@ -2,13 +2,15 @@
 resume."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from train.log import forget_after
 from videomae.data.dataset import Sample
 from videomae.data.loader import Skip
 
-_SHARE, _FILES = 0.01, 10  # a run stops when more than this share and more than this number of its files are unreadable
+# a run stops when more than this share and more than this number of its files are unreadable
+_SHARE, _FILES = 0.01, 10
 
 
 class TooManyUnreadable(Exception):
@@ -16,53 +18,47 @@ class TooManyUnreadable(Exception):
 
 
 class Skipped:
-    """Counts files of which no clip could be read yet."""
+    """Skips of the whole run, and the files of which this part of it could read no clip."""
 
-    def __init__(self, path: Path, num_videos: int) -> None:
-        """Reads what an earlier part of the run wrote to path."""
-        self._path, self._num_videos = path, num_videos
+    def __init__(self, path: Path, paths: Sequence[str], start: int) -> None:
+        """path: the record. start: steps done before; what was skipped in them is replayed, what came later tried
+        again."""
+        forget_after(path, start)
+        self._path, self._num_videos = path, len(set(paths))
         self.known: dict[Sample, str] = {}
-        self._reasons: dict[str, str] = {}  # by path
-        self._indices: dict[str, int] = {}
-        self._readable: set[int] = set()
-        self.clips = 0
+        self._lost: dict[str, str] = {}  # path -> reason
+        self._readable: set[str] = set()
+        self._paths = paths
         for line in path.read_text().splitlines() if path.exists() else []:
             entry = json.loads(line)
-            sample = Sample(entry["epoch"], entry["index"], entry["view"])
-            self._note(Skip(sample, entry["path"], entry["reason"]))
+            self.known[Sample(entry["epoch"], entry["index"], entry["view"])] = entry["reason"]
 
-    @property
-    def files(self) -> int:
-        """Distinct files with a skipped clip."""
-        return len(self._reasons)
+    def see(self, samples: Iterable[Sample], skips: Iterable[Skip], step: int) -> list[Skip]:
+        """Record a batch; returns the first skip of each file that was not known to be bad.
 
-    def _note(self, skip: Skip) -> None:
-        self.known[skip.sample] = skip.reason
-        self._reasons[skip.path] = skip.reason
-        self._indices[skip.path] = skip.sample.index
-
-    def see(self, samples: Iterable[Sample], skips: Iterable[Skip], step: int) -> None:
-        """Record a batch; raises TooManyUnreadable past the limit."""
+        Raises TooManyUnreadable past the limit.
+        """
         skips = list(skips)
         skipped = {skip.sample for skip in skips}
-        self._readable.update(sample.index for sample in samples if sample not in skipped)
-        if not skips:
-            return
-        self.clips += len(skips)
-        new = [skip for skip in skips if skip.sample not in self.known]
-        with open(self._path, "a") as file:
-            for skip in new:
+        self._readable.update(self._paths[sample.index] for sample in samples if sample not in skipped)
+        fresh = [skip for skip in skips if skip.sample not in self.known]
+        if not fresh:
+            return []
+        with self._path.open("a") as file:
+            for skip in fresh:
                 entry = {"step": step, **skip.sample._asdict(), "path": skip.path, "reason": skip.reason}
                 file.write(json.dumps(entry) + "\n")
-        for skip in skips:
-            self._note(skip)
+        first = {skip.path: skip for skip in reversed(fresh) if skip.path not in self._lost}
+        self.known.update((skip.sample, skip.reason) for skip in fresh)
+        self._lost.update((skip.path, skip.reason) for skip in fresh)
         self._check()
+        return list(first.values())
 
     def _check(self) -> None:
-        lost = [path for path, index in self._indices.items() if index not in self._readable]
+        lost = [path for path in self._lost if path not in self._readable]
         all_lost = len(lost) == self._num_videos
         if all_lost or (len(lost) > _FILES and len(lost) > _SHARE * self._num_videos):
-            listing = "\n".join(f"  {path}: {self._reasons[path]}" for path in lost[:50])
+            listing = "\n".join(f"  {path}: {self._lost[path]}" for path in lost[:50])
             more = f"\n  ... and {len(lost) - 50} more" if len(lost) > 50 else ""
             which = "none of the videos" if all_lost else f"{len(lost)} of {self._num_videos} videos"
             verdict = "can be read" if all_lost else "cannot be read"

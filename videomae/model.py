@@ -240,6 +240,9 @@ class VideoMAE(nn.Module):
         fit the model.
         """
         check(
+            isinstance(mask, Mask), f"mask must be a Mask; got {type(mask).__name__} (videomae.masking.Mask.from_bool)"
+        )
+        check(
             mask.num_cubes == self.input.num_cubes,
             f"the mask is for {mask.num_cubes} cubes, the model has {self.input.num_cubes}: {self.input.grid}",
         )

@@ -343,7 +343,7 @@ def main(arguments: list[str] | None = None) -> int:
         model, report = model_from(options.source)
         save = save_hugging_face if options.to == "hf" else save_official
         save(model, options.target)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"videomae.weights: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(f"{report}\nwritten: {options.target}")

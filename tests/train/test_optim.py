@@ -69,7 +69,7 @@ def test_updates_as_adamw_does():
         reference.zero_grad()
         for half in (x[:2], x[2:]):
             updater.backward(model(half).square().mean() / 2)
-        stats = updater.step(step)
+        stats = updater.step(step, torch.zeros(()))
         assert stats.nonfinite == 0
         torch.testing.assert_close(model.weight, twin.weight)
 
@@ -78,12 +78,12 @@ def test_updates_as_adamw_does():
 def test_a_step_that_is_not_finite_changes_nothing(bad):
     model, updater = small(Optim(clip_grad=1.0))
     updater.backward(model(torch.randn(4, 3)).sum())
-    updater.step(0)
+    updater.step(0, torch.zeros(()))
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     moments = updater.optimizer.state[model.weight]["exp_avg"].clone()
     count = updater.optimizer.state[model.weight]["step"].clone()
     updater.backward((model(torch.randn(4, 3)) * torch.tensor([1.0, bad])).sum())
-    stats = updater.step(1)
+    stats = updater.step(1, torch.zeros(()))
     assert stats.nonfinite == 1
     assert not stats.grad_norm.isfinite()
     for name, value in model.state_dict().items():
@@ -91,15 +91,25 @@ def test_a_step_that_is_not_finite_changes_nothing(bad):
     assert torch.equal(updater.optimizer.state[model.weight]["exp_avg"], moments)
     assert torch.equal(updater.optimizer.state[model.weight]["step"], count)
     updater.backward(model(torch.randn(4, 3)).sum())
-    assert updater.step(2).nonfinite == 0
+    assert updater.step(2, torch.zeros(())).nonfinite == 0
     assert not torch.equal(model.weight, weights["weight"])
+
+
+def test_a_loss_that_is_not_finite_counts_even_if_its_gradient_is_and_so_does_a_step_without_clips():
+    model, updater = small()
+    before = model.weight.clone()
+    updater.backward(model(torch.randn(4, 3)).sum())
+    assert updater.step(0, torch.tensor(float("inf"))).nonfinite == 1
+    updater.backward(model(torch.randn(4, 3)).sum() * 0)
+    assert updater.step(1, torch.zeros(()), skip=True).nonfinite == 0
+    assert torch.equal(model.weight, before)
 
 
 def test_clips_the_norm_and_reports_it_unclipped():
     model, updater = small(Optim(clip_grad=1e-3))
     updater.backward(model(torch.ones(1, 3)).sum() * 100)
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
-    assert updater.step(0).grad_norm.item() == pytest.approx(norm.item())
+    assert updater.step(0, torch.zeros(())).grad_norm.item() == pytest.approx(norm.item())
     # AdamW's first moment is a tenth of the clipped gradient
     moment = torch.cat([updater.optimizer.state[p]["exp_avg"].flatten() for p in model.parameters()]).norm()
     assert moment.item() == pytest.approx(1e-4, rel=1e-3)
@@ -109,7 +119,7 @@ def test_grad_factor_scales_gradients():
     model, updater = small()
     updater.backward(model(torch.ones(1, 3)).sum())
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
-    assert updater.step(0, grad_factor=4.0).grad_norm.item() == pytest.approx(4 * norm.item())
+    assert updater.step(0, torch.zeros(()), grad_factor=4.0).grad_norm.item() == pytest.approx(4 * norm.item())
 
 
 def test_precision_is_resolved_by_device():

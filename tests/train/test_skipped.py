@@ -8,31 +8,39 @@ from train.skipped import Skipped, TooManyUnreadable
 from videomae.data.dataset import Sample
 from videomae.data.loader import Skip
 
+PATHS = tuple(f"/videos/{i}.mp4" for i in range(2000))
+
 
 def skip(index, epoch=0, reason="damaged"):
-    return Skip(Sample(epoch, index, 0), f"/videos/{index}.mp4", reason)
+    return Skip(Sample(epoch, index, 0), PATHS[index], reason)
 
 
-def test_writes_each_skip_once_and_knows_it_after_a_restart(tmp_path):
+def test_writes_each_skip_once_and_replays_those_before_the_resumed_step(tmp_path):
     path = tmp_path / "skipped.jsonl"
-    skipped = Skipped(path, 1000)
-    skipped.see([Sample(0, 3, 0), Sample(0, 4, 0)], [skip(3)], step=5)
-    skipped.see([Sample(1, 3, 0)], [skip(3, epoch=1, reason="hung")], step=9)
+    skipped = Skipped(path, PATHS, 0)
+    assert skipped.see([Sample(0, 3, 0), Sample(0, 4, 0)], [skip(3)], step=5) == [skip(3)]
+    # a file is named once, each of its clips recorded
+    assert skipped.see([Sample(1, 3, 0)], [skip(3, epoch=1, reason="hung")], step=9) == []
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [5, 9]
-    assert lines[0] == {"step": 5, "epoch": 0, "index": 3, "view": 0, "path": "/videos/3.mp4", "reason": "damaged"}
-    again = Skipped(path, 1000)
+    assert lines[0] == {"step": 5, "epoch": 0, "index": 3, "view": 0, "path": PATHS[3], "reason": "damaged"}
+    # a kill can leave half a line
+    with path.open("a") as file:
+        file.write('{"step": 9, "epo')
+    again = Skipped(path, PATHS, 9)
     assert again.known == {Sample(0, 3, 0): "damaged", Sample(1, 3, 0): "hung"}
-    again.see([Sample(1, 3, 0)], [skip(3, epoch=1, reason="hung")], step=9)
+    assert again.see([Sample(1, 3, 0)], [skip(3, epoch=1, reason="hung")], step=9) == []
     assert len(path.read_text().splitlines()) == 2
-    assert (again.clips, again.files) == (1, 1)
+    # skips of steps that are done again are forgotten: the video may have been mended since
+    assert Skipped(path, PATHS, 8).known == {Sample(0, 3, 0): "damaged"}
 
 
 @pytest.mark.parametrize(
-    ("num_videos", "stops_at"), [(1000, 11), (2000, 21), (10**6, None), (100, 11), (7, 7), (1, 1), (10, 10)]
+    ("num_videos", "stops_at"), [(1000, 11), (2000, 21), (100, 11), (7, 7), (1, 1), (10, 10), (3200, None)]
 )
 def test_stops_past_one_percent_and_ten_files_or_all(tmp_path, num_videos, stops_at):
-    skipped = Skipped(tmp_path / "skipped.jsonl", num_videos)
+    paths = tuple(f"/videos/{i}.mp4" for i in range(num_videos))
+    skipped = Skipped(tmp_path / "skipped.jsonl", paths, 0)
     for index in range(30):
         if index + 1 == stops_at:
             with pytest.raises(TooManyUnreadable, match=rf"/videos/{index}\.mp4: damaged") as stop:
@@ -43,8 +51,21 @@ def test_stops_past_one_percent_and_ten_files_or_all(tmp_path, num_videos, stops
     assert stops_at is None
 
 
+def test_counts_distinct_files(tmp_path):
+    skipped = Skipped(tmp_path / "skipped.jsonl", ("/videos/0.mp4", "/videos/0.mp4"), 0)
+    with pytest.raises(TooManyUnreadable, match="none of the videos"):
+        skipped.see([Sample(0, 1, 0)], [Skip(Sample(0, 1, 0), "/videos/0.mp4", "damaged")], step=1)
+
+
 def test_a_file_that_can_be_read_elsewhere_does_not_count(tmp_path):
-    skipped = Skipped(tmp_path / "skipped.jsonl", 1)
+    skipped = Skipped(tmp_path / "skipped.jsonl", PATHS[:1], 0)
     skipped.see([Sample(0, 0, 0)], [], step=1)
-    skipped.see([Sample(1, 0, 0)], [skip(0, epoch=1)], step=2)
-    assert skipped.files == 1
+    assert skipped.see([Sample(1, 0, 0)], [skip(0, epoch=1)], step=2) == [skip(0, epoch=1)]
+
+
+def test_replayed_skips_do_not_count_towards_the_limit(tmp_path):
+    path = tmp_path / "skipped.jsonl"
+    first = Skipped(path, PATHS[:1], 0)
+    first.see([Sample(0, 0, 0)], [], step=1)
+    first.see([Sample(1, 0, 0)], [skip(0, epoch=1)], step=2)
+    Skipped(path, PATHS[:1], 2).see([Sample(1, 0, 0)], [skip(0, epoch=1)], step=2)

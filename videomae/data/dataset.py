@@ -60,12 +60,7 @@ def find_videos(source: str | Path) -> VideoList:
     """
     source = Path(source).expanduser()
     if source.is_dir():
-        found = [
-            os.path.join(folder, name)
-            for folder, _, names in os.walk(source.resolve(), followlinks=True)
-            for name in names
-            if os.path.splitext(name)[1].lower() in SUFFIXES
-        ]
+        found = _walk(source.resolve())
         check(len(found) > 0, f"no videos in {source} (looked for {' '.join(sorted(SUFFIXES))})")
         return VideoList(tuple(sorted(found)))
     check(source.exists(), f"no such file or folder: {source}")
@@ -73,9 +68,22 @@ def find_videos(source: str | Path) -> VideoList:
     return _read_list(source)
 
 
+def _walk(root: Path) -> list[str]:
+    """Video files below root, through symbolic links, but into no folder twice."""
+    found, seen = [], set()
+    for folder, below, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        found += [os.path.join(folder, name) for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
+    return found
+
+
 def _read_list(source: Path) -> VideoList:
     try:
-        lines = source.read_text(encoding="utf-8").splitlines()
+        lines = source.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{source} is no list of videos: not text ({error.reason})") from error
     folder = source.parent.resolve()

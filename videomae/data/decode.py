@@ -32,6 +32,10 @@ _SKIPPABLE = frozenset(("h264", "mpeg4", "mpeg2video"))
 _UNTIMED = frozenset(("avi", "mpeg", "mpegts"))
 
 
+# what PyAV raises on damaged files: its own errors, and now and then what a damaged header leads Python to
+_LIBRARY_ERRORS = (av.FFmpegError, OSError, ValueError)
+
+
 class UnreadableVideo(Exception):
     """A file, or the part of it that was asked for, cannot be read; the message names the file and says why."""
 
@@ -85,15 +89,15 @@ class _Index(NamedTuple):
 @lru_cache(maxsize=8192)
 def _index(path: str) -> _Index:
     """Raises UnreadableVideo when the file is missing, is no video, or has no frame to show."""
-    if not Path(path).exists():
-        raise UnreadableVideo(path, "no such file")
     try:
-        with av.open(path) as container:
+        if not Path(path).exists():
+            raise UnreadableVideo(path, "no such file")
+        with av.open(path, metadata_errors="replace") as container:
             stream = _stream(path, container)
             found = [p for p in container.demux(stream) if p.size > 0]
             timed = container.format.name not in _UNTIMED and all(p.pts is not None for p in found)
-    except av.FFmpegError as error:
-        raise UnreadableVideo(path, error.strerror or str(error)) from error
+    except _LIBRARY_ERRORS as error:
+        raise UnreadableVideo(path, _reason(error)) from error
     shown = [p for p in found if not p.is_discard]
     if not shown:
         raise UnreadableVideo(path, "no video frames")
@@ -105,10 +109,16 @@ def _index(path: str) -> _Index:
     return _Index(len(shown), in_order and len(shown) == len(found), array("q", sorted(times)), tuple(keys))
 
 
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+
+
 def _stream(path: str, container: "av.container.InputContainer") -> "av.VideoStream":
     if not container.streams.video:
         raise UnreadableVideo(path, "no video stream")
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise UnreadableVideo(path, "its codec is not known here")
     # one thread: the loader's workers are the parallelism
     stream.thread_type, stream.codec_context.thread_count = "NONE", 1
     return stream
@@ -163,15 +173,17 @@ class _PyAVReader:
             found = self._decode(set(names), seek=bool(self._times))
             if len(found) < len(set(names)) and self._times:
                 found = self._decode(set(names), seek=False)  # the container's seek table is wrong
-        except av.FFmpegError as error:
-            raise UnreadableVideo(self._path, f"damaged: {error.strerror or error}") from error
+        except _LIBRARY_ERRORS as error:
+            raise UnreadableVideo(self._path, f"damaged: {_reason(error)}") from error
         if missing := len(set(names)) - len(found):
             raise UnreadableVideo(self._path, f"damaged: {missing} of {len(set(names))} frames do not decode")
+        if len(shapes := {image.shape[:2] for image in found.values()}) > 1:
+            raise UnreadableVideo(self._path, f"its frames have different sizes: {sorted(shapes)}")
         return np.stack([found[name] for name in names])
 
     def _decode(self, wanted: set[int], *, seek: bool) -> dict[int, np.ndarray]:
         found: dict[int, np.ndarray] = {}
-        with av.open(self._path) as container:
+        with av.open(self._path, metadata_errors="replace") as container:
             stream = _stream(self._path, container)
             if seek and (before := bisect_right(self._keys, (min(wanted), 1 << 62))):
                 # the key frame's decoding time: by presentation time a seek can land on a later one
@@ -180,7 +192,7 @@ class _PyAVReader:
             for name, frame in self._frames(container, stream, wanted if seek else None):
                 if name is not None and name in wanted:
                     if frame.is_corrupt:
-                        raise UnreadableVideo(self._path, f"damaged at {frame.time:.2f} s")
+                        raise UnreadableVideo(self._path, "damaged: a frame of the clip is marked corrupt")
                     image = reformatter.reformat(frame, format="rgb24").to_ndarray()
                     found[name] = np.rot90(image, frame.rotation // 90)
                 if len(found) == len(wanted):

@@ -7,6 +7,7 @@ in C nor replace a killed worker.
 """
 
 import itertools
+import math
 import mmap
 import os
 import pickle
@@ -61,7 +62,7 @@ class LoaderConfig:
     batches_ahead: int = 3  # batches in memory, the one in use included
 
     def __post_init__(self) -> None:
-        check(self.timeout > 0, f"loader.timeout must be positive; got {self.timeout}")
+        check(0 < self.timeout < 1e6, f"loader.timeout must be between 0 and a million seconds; got {self.timeout}")
         check(self.batches_ahead >= 2, f"loader.batches-ahead must be at least 2; got {self.batches_ahead}")
 
 
@@ -75,6 +76,16 @@ class _InFlight:
     skips: list[Skip] = field(default_factory=list)
 
 
+# a job's SIGTERM and a terminal's Ctrl-C are ignored from the first line on: the parent decides when its workers stop
+_START = """
+import signal
+signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_IGN)
+from videomae.data.worker import main
+main(*{arguments})
+"""
+_START_LIMIT = 120.0  # seconds for a worker to import what it needs, from a slow disk
+
+
 class _Worker:
     """One process, its socket, and the tasks it has: the first is being worked on, the second waits."""
 
@@ -86,10 +97,12 @@ class _Worker:
         )
         arguments = [theirs.fileno(), memory_fd, size, os.getpid()]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", f"from videomae.data.worker import main; main(*{arguments})"],
+            [sys.executable, "-c", _START.format(arguments=arguments)],
             env=environment,
             stdin=subprocess.DEVNULL,
             pass_fds=(theirs.fileno(), memory_fd),
+            # signals to the terminal's or the job's process group are the parent's business
+            start_new_session=True,
         )
         theirs.close()
         self.link = Connection(ours.detach())
@@ -98,11 +111,22 @@ class _Worker:
         self.tasks: deque[Task] = deque()
         self.since = time.monotonic()
 
-    def give(self, task: Task) -> None:
+    def give(self, task: Task) -> bool:
+        """False when the process is gone; its end is heard of at the next wait."""
+        try:
+            self.link.send(task)
+        except OSError:
+            return False
         if not self.tasks:
             self.since = time.monotonic()
         self.tasks.append(task)
-        self.link.send(task)
+        return True
+
+    def deadline(self, timeout: float) -> float:
+        """When its patience with the file at hand, or with its own start, is over; infinity for an idle one."""
+        if not self.ready:
+            return self.since + _START_LIMIT
+        return self.since + timeout if self.tasks else math.inf
 
     def finish(self) -> Task:
         """The task that was being worked on; the clock of the next one starts."""
@@ -110,10 +134,13 @@ class _Worker:
         return self.tasks.popleft()
 
     def end(self) -> int:
-        """Kill the process and return its exit code."""
+        """Kill the process, if it is not dead already, and return its exit code."""
         self.process.kill()
         self.link.close()
-        return self.process.wait()
+        try:
+            return self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            return -signal.SIGKILL  # in the kernel, waiting for a dead disk: it ends when that does
 
 
 class Loader:
@@ -210,12 +237,12 @@ class Loader:
         check(len(samples) <= self._batch_size, f"a batch of {len(samples)} clips does not fit {self._batch_size}")
         flight = _InFlight(samples, place, len(samples))
         # views of one clip that stand side by side are decoded once
-        for _, group in itertools.groupby(enumerate(samples), key=lambda pair: pair[1][:2]):
+        for _, group in itertools.groupby(enumerate(samples), key=lambda pair: (*pair[1][:2], pair[1] in self._known)):
             numbers, views = zip(*group, strict=True)
             slots = tuple(place * self._batch_size + n for n in numbers)
             task = Task(next(self._tickets), self._paths[views[0].index], views, slots)
             self._owner[task.ticket] = flight
-            known = next((self._known[view] for view in views if view in self._known), None)
+            known = self._known.get(views[0])
             if known is None:
                 self._waiting.append(task)
             else:
@@ -259,29 +286,29 @@ class Loader:
         for depth in (0, 1):
             for worker in self._workers:
                 if self._waiting and worker.ready and len(worker.tasks) == depth:
-                    worker.give(self._waiting.popleft())
+                    task = self._waiting.popleft()
+                    if not worker.give(task):
+                        self._waiting.appendleft(task)
 
     def _wait(self) -> None:
         """Sleep until a worker answers, a batch is given back, or a worker's time is up; then see to it."""
-        busy = [w for w in self._workers if w.tasks]
-        limit = min((w.since + self._config.timeout for w in busy), default=None)
-        by_link: dict[Any, _Worker] = {w.link: w for w in self._workers}
-        timeout = None if limit is None else max(limit - time.monotonic(), 0)
+        soonest = min(worker.deadline(self._config.timeout) for worker in self._workers)
+        timeout = None if soonest == math.inf else max(soonest - time.monotonic(), 0)
+        by_link: dict[Any, _Worker] = {worker.link: worker for worker in self._workers}
         for link in wait([self._woken, *by_link], timeout):
-            if link is self._woken:
-                place = self._woken.recv()
-                if place is not None:
-                    self._free.append(place)
-            else:
+            if link is not self._woken:
                 self._hear(by_link[link])
-        for worker in busy:
-            if worker.tasks and time.monotonic() > worker.since + self._config.timeout and not worker.link.closed:
-                self._replace(worker, f"took longer than {self._config.timeout:g} s to decode")
+            elif (place := self._woken.recv()) is not None:
+                self._free.append(place)
+        now = time.monotonic()
+        # after what arrived was heard: a clip that is there is not late, however long this process was stopped
+        for worker in [w for w in self._workers if now > w.deadline(self._config.timeout)]:
+            self._replace(worker, f"took longer than {self._config.timeout:g} s to decode")
 
     def _hear(self, worker: _Worker) -> None:
         try:
             message: Done | str = worker.link.recv()
-        except (EOFError, ConnectionError, pickle.UnpicklingError):
+        except (EOFError, OSError, pickle.UnpicklingError):
             self._replace(worker, None)
             return
         if isinstance(message, str):
@@ -293,8 +320,7 @@ class Loader:
 
     def _replace(self, worker: _Worker, reason: str | None) -> None:
         """End the worker, skip what it was working on, give the rest back to the queue, and start another."""
-        code = worker.end() if reason else worker.process.wait()
-        worker.link.close()
+        code = worker.end()
         if not worker.ready:
             raise RuntimeError(f"a data worker could not start (exit code {code}); what it printed stands above")
         if worker.tasks:

@@ -58,8 +58,6 @@ def _die_with(parent: int) -> None:
 
 def main(socket_fd: int, memory_fd: int, size: int, parent: int) -> None:
     _die_with(parent)
-    # Ctrl-C goes to the whole terminal's group; the parent decides when its workers stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     link = Connection(socket_fd)
     reader: ClipReader = link.recv()

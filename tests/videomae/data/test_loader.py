@@ -2,7 +2,9 @@
 
 import os
 import signal
+import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +72,51 @@ def test_skips_unreadable_files_by_name_and_keeps_their_place(paths, tmp_path, w
     assert batch.frames[2].max() > 0
 
 
+def test_a_skipped_clip_is_zero_even_where_another_was_before(paths, tmp_path):
+    os.remove(tmp_path / "3.mp4")
+    batches = [[Sample(0, i, 0), Sample(0, 1, 0)] for i in (0, 0, 0, 0, 3, 3, 3)]
+    got = collect(paths, batches, workers=1)
+    assert got[0].frames[0].max() > 0
+    assert all(batch.frames[0].max() == 0 for batch in got[4:])
+
+
+def test_signals_to_the_whole_group_do_not_reach_the_workers(paths):
+    """A scheduler's SIGTERM and a terminal's Ctrl-C go to every process of the group; clips in work must not be lost by
+    it."""
+    with Loader(READER, paths, batches_of(6, 4), batch_size=4, workers=2) as loader:
+        stream = iter(loader)
+        wait_until(lambda: len(loader.worker_pids) == 2)
+        for pid in loader.worker_pids:  # perhaps still importing
+            assert os.getpgid(pid) != os.getpgid(0)
+        got = [next(stream)]
+        for pid in loader.worker_pids:
+            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, signal.SIGINT)
+        got += list(stream)
+    assert len(got) == 6
+    assert all(batch.weight.min() == 1 for batch in got)
+
+
+def test_replaces_an_idle_worker_that_died_without_losing_a_clip(paths):
+    order = Order(5, 0)
+    go_on = threading.Event()
+
+    def slow():
+        yield order.samples(0, 4)
+        go_on.wait()
+        yield order.samples(4, 4)
+
+    with Loader(READER, paths, slow(), batch_size=4, workers=1) as loader:
+        # the manager is stuck in the generator, so it hears of the death only when it hands out the next clip
+        stream = iter(loader)
+        wait_until(lambda: loader.worker_pids)
+        time.sleep(0.2)
+        go_on.set()
+        assert next(stream).weight.min() == 1
+        os.kill(loader.worker_pids[0], signal.SIGKILL)
+        assert sum(batch.weight.numel() for batch in stream) == 4
+
+
 def test_ends_a_worker_that_hangs_and_goes_on(paths, tmp_path):
     # opening a pipe that nobody writes to blocks in C, and no exception or signal handler gets it out
     os.remove(paths[2])
@@ -86,17 +133,27 @@ def test_ends_a_worker_that_hangs_and_goes_on(paths, tmp_path):
     assert torch.equal(got[1].frames[4], whole.frames[0])
 
 
+def wait_until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_blocked_in_open(pid):
+    """Whether the process waits in the kernel for the other end of a pipe that it opens."""
+    return (
+        "fifo" in Path(f"/proc/{pid}/wchan").read_text() or "wait_for_partner" in Path(f"/proc/{pid}/wchan").read_text()
+    )
+
+
 def test_replaces_a_killed_worker_and_skips_its_clip(paths):
     os.remove(paths[2])
     os.mkfifo(paths[2])
     batches = [[Sample(0, 2, 0)], *batches_of(6, 4, num_videos=2)]
     with Loader(READER, paths, batches, batch_size=4, workers=1, config=LoaderConfig(timeout=60)) as loader:
         stream = iter(loader)
-        deadline = time.monotonic() + 30
-        while not loader.worker_pids:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        time.sleep(4)  # started, and stuck on the pipe
+        wait_until(lambda: loader.worker_pids and is_blocked_in_open(loader.worker_pids[0]))
         os.kill(loader.worker_pids[0], signal.SIGKILL)
         first = next(stream)
         assert first.weight.tolist() == [0]
