@@ -25,7 +25,7 @@ import videomae
 from kernels.launch import IMAGENET_MEAN, IMAGENET_STD
 from videomae import masking
 
-BATCH, ROUNDS = 2, 9
+BATCH, ROUNDS = 4, 7
 
 
 def clips_and_mask():

@@ -143,7 +143,7 @@ def tiny() -> PretrainConfig:
     """
     return PretrainConfig(
         recipe="tiny",
-        steps=1600,
+        steps=2000,
         batch_size=4,
         model=Model("vit_tiny", image_size=112, decoder_depth=3),
         mask=Masking(ratio=0.75),

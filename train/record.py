@@ -61,7 +61,7 @@ def _commit() -> str | None:
     where = Path(__file__).parent
     try:
         described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match", "nothing"],
+            ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40", "--match", "nothing"],
             cwd=where,
             capture_output=True,
             text=True,

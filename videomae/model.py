@@ -94,15 +94,18 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, last: int | None = None) -> Tensor:
+        """[B, L, D] to [B, L, D]; with last given, what only the last so many tokens see: [B, last, D]."""
         batch, length, width = x.shape
         bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
         qkv = functional.linear(x, self.qkv.weight, bias)
         # split along the last axis: its backward joins the three gradients in one copy, where that of a permute takes
         # two
         q, k, v = (part.view(batch, length, self.heads, -1).transpose(1, 2) for part in qkv.split(width, dim=-1))
-        mixed = functional.scaled_dot_product_attention(q, k, v)  # [B, A, L, width / A]
-        return self.proj(mixed.transpose(1, 2).reshape(batch, length, width))
+        if last is not None:
+            q = q[:, :, -last:]
+        mixed = functional.scaled_dot_product_attention(q, k, v)  # [B, A, L or last, width / A]
+        return self.proj(mixed.transpose(1, 2).reshape(batch, -1, width))
 
 
 class Mlp(nn.Module):
@@ -141,8 +144,9 @@ class Block(nn.Module):
         self.mlp = Mlp(width)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+    def forward(self, x: Tensor, last: int | None = None) -> Tensor:
+        mixed = self.drop_path(self.attn(self.norm1(x), last))
+        x = (x if last is None else x[:, -last:]) + mixed
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -154,9 +158,15 @@ class Blocks(nn.ModuleList):
         super().__init__(Block(width, heads, rate) for rate in rates)
         self.recompute = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self:
-            x = checkpoint(block, x, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block(x)
+    def forward(self, x: Tensor, last: int | None = None) -> Tensor:
+        """With last given, the last block's queries, MLP and second norm are computed for its last so many tokens
+        only."""
+        for i, block in enumerate(self):
+            wanted = last if i == len(self) - 1 else None
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, wanted, use_reentrant=False)
+            else:
+                x = block(x, wanted)
         return x
 
 
@@ -213,7 +223,7 @@ class Decoder(nn.Module):
         self.apply(_init_linear_xavier)
 
     def forward(self, x: Tensor, num_masked: int) -> Tensor:
-        return self.head(self.norm(self.blocks(x)[:, -num_masked:]))
+        return self.head(self.norm(self.blocks(x, num_masked)))
 
 
 class VideoMAE(nn.Module):

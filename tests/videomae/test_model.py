@@ -51,15 +51,15 @@ def test_needs_the_published_number_of_operations(size):
     assert counter.get_total_flops() / 2e9 == pytest.approx(GMACS[size], rel=0.01)
 
 
-def test_pretraining_base_at_90_percent_needs_33_8_gmac():
-    # 33.8 in DESIGN 8; 35.4 with every cube embedded, as others do
+def test_pretraining_base_at_90_percent_needs_33_4_gmac():
+    # 35.4 with every cube embedded, as others do; 33.8 without the last block's saving of 0.43 on visible tokens
     with torch.device("meta"):
         model = videomae.pretrain_model("vit_base")
         frames = torch.empty(1, 16, 224, 224, 3, dtype=torch.uint8)
         mask = Mask(torch.empty(1, 160, dtype=torch.int64), torch.empty(1, 1408, dtype=torch.int64))
         with FlopCounterMode(display=False) as counter:
             model(frames, mask)
-    assert counter.get_total_flops() / 2e9 == pytest.approx(33.8, rel=0.01)
+    assert counter.get_total_flops() / 2e9 == pytest.approx(33.4, rel=0.005)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8, 12])
@@ -95,6 +95,21 @@ def test_predicts_from_visible_cubes_only_and_places_each():
     # an un-ascending order of the masked cubes permutes the predictions, no more: tokens carry their positions
     flipped = model(clip, Mask(mask.visible.flip(1), mask.masked.flip(1)))
     torch.testing.assert_close(flipped.flip(1), base, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_leaving_visible_tokens_out_of_the_last_block_changes_nothing(recompute):
+    torch.manual_seed(0)
+    decoder = videomae.pretrain_model("vit_tiny", frames=4, image_size=32, decoder_depth=2).decoder.double()
+    set_recompute(decoder, recompute)
+    x = torch.randn(2, 9, 64, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(2, 5, 1536, dtype=torch.float64)
+    inputs = [x, *decoder.parameters()]
+    short = decoder(x, 5)
+    whole = decoder.head(decoder.norm(decoder.blocks(x)[:, -5:]))
+    torch.testing.assert_close(short, whole)
+    for one, other in zip(*(torch.autograd.grad(y, inputs, upstream) for y in (short, whole)), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_initialises_as_published():
