@@ -68,4 +68,5 @@ def test_replayed_skips_do_not_count_towards_the_limit(tmp_path):
     first = Skipped(path, PATHS[:1], 0)
     first.see([Sample(0, 0, 0)], [], step=1)
     first.see([Sample(1, 0, 0)], [skip(0, epoch=1)], step=2)
-    Skipped(path, PATHS[:1], 2).see([Sample(1, 0, 0)], [skip(0, epoch=1)], step=2)
+    # one video, which this part of the run has not read yet: counted, the skip would be all of them
+    assert Skipped(path, PATHS[:1], 2).see([Sample(1, 0, 0)], [skip(0, epoch=1)], step=2) == []
