@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import kernels
 from train import checkpoint, record
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _one_length(config: PretrainConfig) -> PretrainConfig:
-    """--epochs on a recipe of so many steps replaces them; ValueError for both."""
+    """--epochs on a recipe of so many steps replaces them; both flags together are refused."""
     recipe = PRETRAIN[config.recipe]()
     if config.epochs == recipe.epochs or config.steps is None:
         return config
@@ -329,8 +330,13 @@ def _demo_videos(config: PretrainConfig) -> VideoList:
     if config.recipe != "demo":
         raise ValueError(f"recipe {config.recipe} needs --data: a folder of videos, or a list file")
     folder = Path("data/demo")
-    print(f"demo clips: {folder}", file=sys.stderr)
-    return find_videos(make_demo(folder))
+    with tqdm(desc=f"rendering demo clips into {folder}", leave=False, disable=not sys.stderr.isatty()) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return find_videos(make_demo(folder, progress=show))
 
 
 def _find_checkpoint(
