@@ -81,7 +81,8 @@ def test_it_leaves_torch_with_the_safe_list_it_had(tmp_path):
     torch.save(TENSORS, tmp_path / "a.pth")
     before = torch.serialization.get_safe_globals()
     read(tmp_path / "a.pth")
-    assert torch.serialization.get_safe_globals() == before
+    # torch keeps a set: the order of this list changes from call to call
+    assert set(torch.serialization.get_safe_globals()) == set(before)
 
 
 def test_it_reads_safetensors_with_their_metadata(tmp_path):
