@@ -1,6 +1,15 @@
-"""What every op shares: input checks, and the normalisation constants of its pixels."""
+"""What every op shares: where it runs, how a kernel starts, input checks, and the normalisation of its pixels.
 
+A CUDA tensor runs the Triton kernel, any other the reference; under TRITON_INTERPRET=1 a CPU tensor runs the kernel
+too, in Triton's interpreter. Nothing falls back from a kernel to a reference in silence.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +17,55 @@ from torch import Tensor
 # ImageNet's, on pixels scaled to [0, 1], red first: what the official VideoMAE data pipeline uses
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+_interpret = os.environ.get("TRITON_INTERPRET") == "1"
+_recorded: list["Launch"] | None = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel start: what is needed to run it, or to compile it without running it."""
+
+    kernel: Any  # a triton JITFunction
+    grid: tuple[int, ...]
+    arguments: tuple
+    options: dict[str, Any]  # compile-time constants, num_warps, num_stages
+
+
+def runs_triton(x: Tensor) -> bool:
+    """CUDA tensors run the kernel, all others the reference; under TRITON_INTERPRET=1 a CPU tensor too."""
+    return x.is_cuda or _interpret
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Start kernel on grid, on the device of its first tensor; a grid with nothing in it starts nothing."""
+    if 0 in grid:
+        return
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, arguments, options))
+        return
+    first = next(a for a in arguments if isinstance(a, Tensor))
+    with torch.cuda.device_of(first):  # Triton starts on the current device, which need not be the tensor's
+        kernel[grid](*arguments, **options)
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Inside, kernels are not started but listed: with meta tensors, what an op would start and with which types."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies float32: as `torch.set_float32_matmul_precision` says; other types have one way."""
+    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"
 
 
 @lru_cache(maxsize=64)
@@ -22,6 +80,29 @@ def check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def check_contiguous(**tensors: Tensor | None) -> None:
+    """ValueError for the first that is not contiguous: the copy is the caller's to make, where it can be seen."""
+    for name, x in tensors.items():
+        if x is not None and not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous; got shape {tuple(x.shape)} with strides {x.stride()}")
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    """ValueError unless all lie on the device of the first."""
+    present = {name: x for name, x in tensors.items() if x is not None}
+    first, reference = next(iter(present.items()))
+    for name, x in present.items():
+        if x.device != reference.device:
+            raise ValueError(f"{name} is on {x.device}, {first} on {reference.device}")
+
+
+def check_kernel_dtypes(**tensors: Tensor | None) -> None:
+    """ValueError unless each is bfloat16, float16 or float32, which is what the kernels take (references take more)."""
+    for name, x in tensors.items():
+        if x is not None and x.dtype not in KERNEL_DTYPES:
+            raise ValueError(f"{name} must be bfloat16, float16 or float32 to run a kernel; got {x.dtype}")
+
+
 def check_frames(frames: Tensor, cube: tuple[int, int, int]) -> tuple[int, int, int]:
     """The grid (T', H', W') of frames [B, T, H, W, C]; ValueError when they are no clips or the cube does not divide
     them."""
@@ -31,11 +112,14 @@ def check_frames(frames: Tensor, cube: tuple[int, int, int]) -> tuple[int, int, 
     sizes = tuple(frames.shape[1:4])
     divides = all(size > 0 and size % step == 0 for size, step in zip(sizes, cube, strict=True))
     check(divides, f"frames, height and width {sizes} must be multiples of the cube {tuple(cube)}")
+    # offsets inside a clip are 32 bits wide, those of clips 64
+    check(frames[:1].numel() < 2**31, f"a clip must have fewer than 2^31 values; got {tuple(frames.shape[1:])}")
+    check_contiguous(frames=frames)
     return sizes[0] // cube[0], sizes[1] // cube[1], sizes[2] // cube[2]
 
 
 def check_index(index: Tensor, name: str, batch: int, frames: Tensor) -> None:
-    """ValueError unless index is an integer [batch, K] on the device of frames."""
+    """ValueError unless index is a contiguous integer [batch, K] on the device of frames."""
     check(
         index.ndim == 2 and index.shape[0] == batch,
         f"{name} must be [{batch}, K], one row per clip; got shape {tuple(index.shape)}",
@@ -45,3 +129,4 @@ def check_index(index: Tensor, name: str, batch: int, frames: Tensor) -> None:
         f"{name} must hold integer cube numbers; got {index.dtype} (a boolean mask: videomae.masking.Mask.from_bool)",
     )
     check(index.device == frames.device, f"{name} is on {index.device}, the frames on {frames.device}")
+    check_contiguous(**{name: index})

@@ -5,16 +5,47 @@ Per masked cube and channel, over its P = dt*dy*dx pixels x in [0, 1]:
     loss   = scale * mean over clips, cubes and entries of (pred - target)^2   (clips weighted where weight is given)
 pred [B, M, P*C] is channel fastest: entry ((dt * 16 + dy) * 16 + dx) * C + c. Source: the official
 engine_for_pretraining (RECIPES B).
+
+The kernel reads the masked cubes' pixels and the predictions once from memory and writes the gradient: 5 bytes an entry
+in bfloat16, 11 MB a clip, and no target. Sums over uint8 pixels are exact integers, so a constant cube gives 0.
 """
 
+from collections.abc import Sequence
+from math import gcd
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from kernels.cubes import cut, pick
-from kernels.launch import IMAGENET_MEAN, IMAGENET_STD, channel_values, check, check_frames, check_index
+from kernels.launch import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    channel_values,
+    check,
+    check_contiguous,
+    check_frames,
+    check_index,
+    check_kernel_dtypes,
+    check_same_device,
+    launch,
+    runs_triton,
+)
+from kernels.tiles import Target, Tile, tile
 
 EPS = 1e-6  # added to the standard deviation, outside the root
+VECTOR = 8  # entries a thread holds together: 16 bytes of bfloat16 predictions, 8 bytes of pixels
+
+
+def _loss_tile(target: Target, dtype: torch.dtype, K: int) -> Tile:
+    """One warp for a cube: its sums need no shared memory, and 32 cubes in flight on a multiprocessor hide latency."""
+    return {"num_warps": 1 if K <= 2048 else 4}
+
+
+def _rescale_tile(target: Target, dtype: torch.dtype) -> Tile:
+    return {"BLOCK": 4096, "PROGRAMS": 8 * target.processors, "num_warps": 4}
 
 
 def pixel_target(
@@ -87,6 +118,186 @@ def pixel_loss_ref(
     return (per_clip * weight.to(wide)).sum() / total.clamp_min(torch.finfo(wide).tiny) * scale
 
 
+@triton.jit(do_not_specialize=["M", "N", "T", "H", "W", "GRID_H", "GRID_W"])
+def _loss_kernel(
+    pred, frames, masked, factor, scale, values, grad, part, constant, M, N, T, H, W, GRID_H, GRID_W,
+    C: tl.constexpr, DT: tl.constexpr, DY: tl.constexpr, DX: tl.constexpr, NORMALIZE: tl.constexpr, EPS: tl.constexpr,
+    ALIGN: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """One cube: its sums, its target, its squared error, its gradient."""
+    P: tl.constexpr = DT * DY * DX
+    K: tl.constexpr = P * C
+    UINT8: tl.constexpr = frames.dtype.element_ty == tl.uint8
+    row = tl.program_id(0).to(tl.int64)
+    clip = (tl.program_id(0) // M).to(tl.int64)
+    raw = tl.load(masked + row)
+    known = (raw >= 0) & (raw < N)
+    cube = tl.where(known, raw, 0).to(tl.int32)
+    first = ((cube // (GRID_H * GRID_W)) * DT * H + (cube // GRID_W) % GRID_H * DY) * W + cube % GRID_W * DX
+    pixels = frames + tl.multiple_of((clip * T * H * W + first) * C, ALIGN)
+
+    # C tiles of VECTOR entries: entry e of tile q has channel (q * VECTOR + e) % C in every group, known to the
+    # compiler, so that choosing by channel costs nothing at run time
+    group = tl.arange(0, GROUPS)[:, None] * (C * VECTOR)
+    entry = tl.arange(0, VECTOR)[None, :]
+    tiles = ()
+    for q in tl.static_range(C):
+        k = group + (q * VECTOR + entry)
+        run = k // (DX * C)  # pixels of one row of the cube lie together
+        offset = ((run // DY) * H + run % DY) * (W * C) + k % (DX * C)
+        offset = tl.max_contiguous(tl.multiple_of(offset, [1, ALIGN]), [1, ALIGN])
+        if UINT8:
+            tiles = tiles + (tl.load(pixels + offset, mask=k < K, other=0).to(tl.int32),)
+        else:
+            value = tl.load(pixels + offset, mask=k < K, other=0.0).to(tl.float32)
+            channel = (q * VECTOR + entry) % C
+            tiles = tiles + (value * tl.load(values + channel) + tl.load(values + C + channel),)
+
+    # target = (value - shift) * rate, shift and rate per channel
+    shifts = ()
+    rates = ()
+    if not NORMALIZE:
+        for _ in tl.static_range(C):
+            shifts = shifts + (tl.full((), 0.0, tl.float32),)
+            rates = rates + (1.0 / 255.0 if UINT8 else 1.0,)
+    elif UINT8:
+        # in integers: P x - sum(x) and P sum(x^2) - sum(x)^2 are exact
+        for c in tl.static_range(C):
+            total = tl.zeros([GROUPS], tl.int32)
+            squares = tl.zeros([GROUPS], tl.int32)
+            for q in tl.static_range(C):
+                value = tl.where((q * VECTOR + entry) % C == c, tiles[q], 0)
+                total += tl.sum(value, axis=1)
+                squares += tl.sum(value * value, axis=1)
+            whole = tl.sum(total, axis=0)
+            spread = P * tl.sum(squares, axis=0).to(tl.int64) - whole.to(tl.int64) * whole
+            deviation = tl.sqrt_rn(spread.to(tl.float32) / (P * (P - 1.0)))
+            shifts = shifts + (whole,)
+            rates = rates + (1.0 / (P * (deviation + 255.0 * EPS)),)
+        scaled = ()
+        for q in tl.static_range(C):
+            scaled = scaled + (tiles[q] * P,)
+        tiles = scaled
+    else:
+        for c in tl.static_range(C):
+            # from the first pixel: equal numbers give 0
+            start = tl.load(pixels + c).to(tl.float32) * tl.load(values + c) + tl.load(values + C + c)
+            total = tl.zeros([GROUPS], tl.float32)
+            for q in tl.static_range(C):
+                mine = ((q * VECTOR + entry) % C == c) & (group + (q * VECTOR + entry) < K)
+                total += tl.sum(tl.where(mine, tiles[q] - start, 0.0), axis=1)
+            mean = tl.sum(total, axis=0) / P
+            squares = tl.zeros([GROUPS], tl.float32)
+            for q in tl.static_range(C):
+                mine = ((q * VECTOR + entry) % C == c) & (group + (q * VECTOR + entry) < K)
+                off = tl.where(mine, (tiles[q] - start) - mean, 0.0)
+                squares += tl.sum(off * off, axis=1)
+            deviation = tl.sqrt_rn(tl.sum(squares, axis=0) / (P - 1.0))
+            shifts = shifts + (start + mean,)
+            rates = rates + (1.0 / (deviation + EPS),)
+
+    share = constant
+    if factor is not None:
+        share *= tl.load(factor + clip)
+    if scale is not None:
+        share *= tl.load(scale).to(tl.float32)
+    # a cube number outside [0, N) must not pass unnoticed
+    share = tl.where(known, share, float("nan"))
+    error = tl.zeros([GROUPS], tl.float32)
+    for q in tl.static_range(C):
+        k = group + (q * VECTOR + entry)
+        shift = tl.zeros([1, VECTOR], shifts[0].dtype) + shifts[0]
+        rate = tl.zeros([1, VECTOR], tl.float32) + rates[0]
+        for c in tl.static_range(1, C):
+            shift = tl.where((q * VECTOR + entry) % C == c, shifts[c], shift)
+            rate = tl.where((q * VECTOR + entry) % C == c, rates[c], rate)
+        target = (tiles[q] - shift).to(tl.float32) * rate
+        difference = tl.load(pred + row * K + k, mask=k < K, other=0.0).to(tl.float32) - target
+        difference = tl.where(k < K, difference, 0.0)
+        error += tl.sum(difference * difference, axis=1)
+        if grad is not None:
+            # a clip without weight may hold inf or nan: 0 * nan would reach every gradient
+            slope = tl.where(share == 0.0, 0.0, difference * (2.0 * share))
+            tl.store(grad + row * K + k, slope, mask=k < K)
+    tl.store(part + row, tl.where(share == 0.0, 0.0, tl.sum(error, axis=0) * share))
+
+
+@triton.jit(do_not_specialize=["PROGRAMS"])
+def _rescale_kernel(grad, upstream, SIZE, PROGRAMS, BLOCK: tl.constexpr):
+    """grad *= upstream, in place; nothing is read or written where upstream is 1."""
+    factor = tl.load(upstream).to(tl.float32)
+    if factor != 1.0:
+        for block in range(tl.program_id(0), tl.cdiv(SIZE, BLOCK), PROGRAMS):
+            at = tl.full((), BLOCK, tl.int64) * block + tl.arange(0, BLOCK)
+            value = tl.load(grad + at, mask=at < SIZE, other=0.0).to(tl.float32)
+            tl.store(grad + at, value * factor, mask=at < SIZE)
+
+
+def _forward(
+    pred: Tensor,
+    frames: Tensor,
+    masked: Tensor,
+    factor: Tensor | None,
+    scale: Tensor | None,
+    cube: Sequence[int],
+    normalize: bool,
+    constant: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+    write_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """The loss, and its gradient in pred, empty unless asked for. A clip counts constant * factor[clip] * scale."""
+    (B, T, H, W, C), (M, K), (dt, dy, dx) = frames.shape, pred.shape[1:], cube
+    grid = (T // dt, H // dy, W // dx)
+    part = torch.empty(B * M, dtype=torch.float32, device=pred.device)
+    grad = torch.empty_like(pred) if write_gradient else pred.new_empty(0)
+    # uint8 pixels need no constants
+    values = None if frames.dtype == torch.uint8 else channel_values((*std, *mean), 1, torch.float32, pred.device)
+    constants = {"C": C, "DT": dt, "DY": dy, "DX": dx, "NORMALIZE": normalize, "EPS": EPS, "VECTOR": VECTOR}
+    constants |= {"ALIGN": gcd(VECTOR, dx * C, W * C), "GROUPS": triton.next_power_of_2(triton.cdiv(K, VECTOR * C))}
+    tensors = (pred, frames, masked, factor, scale, values, grad if write_gradient else None, part)
+    sizes = (constant, M, grid[0] * grid[1] * grid[2], T, H, W, grid[1], grid[2])
+    launch(
+        _loss_kernel,
+        (B * M,),
+        *tensors,
+        *sizes,
+        **constants,
+        **tile("pixel_loss", _loss_tile, pred.device, pred.dtype, K=K),
+    )
+    return part.sum(), grad
+
+
+def _rescale(grad: Tensor, upstream: Tensor) -> None:
+    t = dict(tile("pixel_loss.rescale", _rescale_tile, grad.device, grad.dtype))
+    programs = min(t.pop("PROGRAMS"), triton.cdiv(grad.numel(), t["BLOCK"]))
+    launch(_rescale_kernel, (programs,), grad, upstream, grad.numel(), programs, **t)
+
+
+def _setup(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+def _autograd(ctx: FunctionCtx, upstream: Tensor, _: None) -> tuple:
+    (grad,) = ctx.saved_tensors  # type: ignore[attr-defined]
+    # the gradient itself is handed out, not a copy: in place, so that a second backward through one graph is refused
+    rescale_op(grad, upstream)
+    return grad, *[None] * 10
+
+
+forward_op = torch.library.custom_op("videomae::pixel_loss", _forward, mutates_args=())
+rescale_op = torch.library.custom_op("videomae::pixel_loss_rescale", _rescale, mutates_args=("grad",))
+forward_op.register_fake(
+    lambda pred, frames, masked, factor, scale, cube, normalize, constant, mean, std, write_gradient: (
+        pred.new_empty((), dtype=torch.float32),
+        torch.empty_like(pred) if write_gradient else pred.new_empty(0),
+    )
+)
+rescale_op.register_fake(lambda grad, upstream: None)
+forward_op.register_autograd(_autograd, setup_context=_setup)
+
+
 def pixel_loss(
     pred: Tensor,
     frames: Tensor,
@@ -99,13 +310,14 @@ def pixel_loss(
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
 ) -> Tensor:
-    """The loss, a scalar of at least float32, differentiable in pred.
+    """The loss, a scalar of at least float32, differentiable in pred, once for every forward.
 
     pred: float [B, M, dt*dy*dx*C], channel fastest. frames: uint8 [B, T, H, W, C], or floating point, normalised with
     mean and std.
-    masked: integer [B, M]. weight: [B], not negative; the loss is then the weighted mean over clips, and 0 when all
-    weights are 0.
-    scale: a factor (accumulation, loss scaling), a number or a scalar tensor.
+    masked: integer [B, M]; a cube number outside [0, N) gives NaN on a GPU, and IndexError elsewhere.
+    weight: [B], not negative; the loss is then the weighted mean over clips, and 0 when all weights are 0.
+    scale: a factor (accumulation, loss scaling), a number or a scalar tensor; it enters before the gradient is rounded.
+    A kernel writes the gradient in forward, if one is needed; backward hands it out as it is where upstream is 1.
     Raises ValueError when shapes and devices do not fit together, or a cube has a single pixel to normalise.
     """
     check_frames(frames, cube)
@@ -118,4 +330,27 @@ def pixel_loss(
     check(pred.device == frames.device, f"pred is on {pred.device}, the frames on {frames.device}")
     if weight is not None:
         check(tuple(weight.shape) == (len(frames),), f"weight must be ({len(frames)},); got {tuple(weight.shape)}")
-    return pixel_loss_ref(pred, frames, masked, cube, normalize, weight, scale, mean, std)
+    channels = frames.shape[-1]
+    check(len(mean) == len(std) == channels, f"mean and std must have {channels} channels; got {mean} and {std}")
+    is_tensor = isinstance(scale, Tensor)
+    check(
+        not is_tensor or scale.numel() == 1, f"scale must be one number; got shape {tuple(getattr(scale, 'shape', ()))}"
+    )
+    check_contiguous(pred=pred, weight=weight)
+    check_same_device(frames=frames, weight=weight, scale=scale if is_tensor else None)
+    if not runs_triton(pred):
+        return pixel_loss_ref(pred, frames, masked, cube, normalize, weight, scale, mean, std)
+    check_kernel_dtypes(pred=pred, frames=None if frames.dtype == torch.uint8 else frames)
+    # sums of squares of more pixels would not fit 32 bits
+    check(pixels <= 32768, f"a cube must have at most 32768 pixels to run the kernel; got {tuple(cube)}")
+    factor, constant = None, 1.0 / max(1, pred.numel())
+    if weight is not None:
+        wide = weight.float()
+        factor, constant = (
+            wide / wide.sum().clamp_min(torch.finfo(torch.float32).tiny),
+            len(pred) / max(1, pred.numel()),
+        )
+    if not is_tensor:
+        scale, constant = None, constant * float(scale)
+    writes = torch.is_grad_enabled() and pred.requires_grad
+    return forward_op(pred, frames, masked, factor, scale, cube, normalize, constant, mean, std, writes)[0]

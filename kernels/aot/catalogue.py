@@ -1,0 +1,116 @@
+"""What S, B, L and H start in training: every kernel specialisation, found by running the ops on tensors without data.
+
+A specialisation is a kernel with its argument types and compile-time constants. Those of the published recipes are
+listed here and nowhere else; the tiles come from `kernels.tiles`, as in training.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from kernels.aot.specialise import Specialisation, specialise
+from kernels.attention import _backward as attention_backward
+from kernels.attention import _forward as attention_forward
+from kernels.bias_gelu import _backward as bias_gelu_backward
+from kernels.bias_gelu import _forward as bias_gelu_forward
+from kernels.cube_embed import _backward as cube_embed_backward
+from kernels.cube_embed import _forward as cube_embed_forward
+from kernels.decoder_input import _backward as decoder_input_backward
+from kernels.decoder_input import _forward as decoder_input_forward
+from kernels.launch import IMAGENET_MEAN, IMAGENET_STD, Launch, recording
+from kernels.layer_norm import _backward as layer_norm_backward
+from kernels.layer_norm import _forward as layer_norm_forward
+from kernels.pixel_loss import _forward as pixel_loss_forward
+from kernels.pixel_loss import _rescale as pixel_loss_rescale
+from kernels.tiles import Target, assuming
+from videomae.model import SIZES, Size
+
+ARCHITECTURES = (80, 90, 100, 120)
+PUBLISHED = ("vit_small", "vit_base", "vit_large", "vit_huge")
+CUBE = (2, 16, 16)
+# any batch that is a multiple of 16 starts the same specialisations
+BATCH = 64
+# visible cubes at 90 % (the recipes), 95 % and 75 % tube masking of 8 x 14 x 14
+VISIBLE = (160, 80, 392)
+NUM_CUBES = 1568
+# multiprocessors of the A100, H200, B200 and RTX 5090: they set how many programs share a sum
+PROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _pixel_ops(size: Size, visible: int, dtype: torch.dtype) -> None:
+    """Cube embedding of the visible and of all cubes, decoder input, and the loss with and without weights."""
+    D, E, wide = size.width, size.decoder_width, torch.float32
+    masked = NUM_CUBES - visible
+    frames = _empty(BATCH, 16, 224, 224, 3, dtype=torch.uint8)
+    seen, hidden = (_empty(BATCH, n, dtype=torch.int64) for n in (visible, masked))
+    weight, bias = _empty(D, 3, *CUBE, dtype=wide), _empty(D, dtype=wide)
+    for index in (seen, None):
+        arguments = (frames, weight, bias, _empty(NUM_CUBES, D, dtype=wide), index, IMAGENET_MEAN, IMAGENET_STD)
+        tokens = cube_embed_forward(*arguments, dtype)
+        cube_embed_backward(tokens, frames, index, CUBE, IMAGENET_MEAN, IMAGENET_STD, wide, wide)
+    positions = _empty(NUM_CUBES, E, dtype=wide)
+    sequence = decoder_input_forward(
+        _empty(BATCH, visible, E, dtype=dtype), _empty(E, dtype=wide), positions, seen, hidden
+    )
+    decoder_input_backward(sequence, visible, wide)
+    pred = _empty(BATCH, masked, 1536, dtype=dtype)
+    for factor, writes in ((None, True), (_empty(BATCH, dtype=wide), True), (None, False)):
+        constants = (None, CUBE, True, 1e-9, IMAGENET_MEAN, IMAGENET_STD, writes)
+        pixel_loss_forward(pred, frames, hidden, factor, *constants)
+    pixel_loss_rescale(pred, _empty(1, dtype=wide))
+
+
+def _block_ops(width: int, heads: int, tokens: int, attention: bool, dtype: torch.dtype) -> None:
+    """Norms with and without a residual, bias and GELU, and attention of one transformer block."""
+    x, weight = _empty(BATCH * tokens, width, dtype=dtype), _empty(width, dtype=torch.float32)
+    for residual in (x, None):
+        _, _, mean, rstd = layer_norm_forward(x, residual, weight, weight, 1e-6)
+        layer_norm_backward(x, residual, x, weight, mean, rstd)
+    hidden, bias = _empty(BATCH * tokens, 4 * width, dtype=dtype), _empty(4 * width, dtype=torch.float32)
+    bias_gelu_forward(hidden, bias)
+    bias_gelu_backward(hidden, hidden, bias)
+    if attention:
+        qkv = _empty(BATCH, tokens, 3, heads, width // heads, dtype=dtype)
+        out, lse = attention_forward(qkv)
+        attention_backward(out, qkv, out, lse)
+
+
+def launches(size: Size, dtype: torch.dtype) -> list[Launch]:
+    """Every kernel start of a training step of that size, at each of the mask ratios."""
+    with recording() as found:
+        for visible in VISIBLE:
+            _pixel_ops(size, visible, dtype)
+            _block_ops(size.width, size.heads, visible, True, dtype)
+        _block_ops(size.decoder_width, size.decoder_heads, NUM_CUBES, False, dtype)
+    return found
+
+
+def target_for(architecture: int) -> Target:
+    """A GPU of that compute capability, by no name: its tiles are the analytic defaults."""
+    return Target(f"sm_{architecture}", architecture, PROCESSORS.get(architecture, 132))
+
+
+def specialisations(
+    architecture: int,
+    sizes: tuple[str, ...] = PUBLISHED,
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,),
+    target: Target | None = None,
+) -> Iterator[Specialisation]:
+    """Each different one once, by name; target: a GPU in the table of tiles, to use its entries."""
+    seen: dict[str, Specialisation] = {}
+    with ExitStack() as stack:
+        stack.enter_context(assuming(target or target_for(architecture)))
+        for dtype in dtypes:
+            for size in sizes:
+                for launch in launches(SIZES[size], dtype):
+                    found = specialise(launch)
+                    known = seen.setdefault(found.name, found)
+                    if known != found:
+                        raise ValueError(f"two specialisations are called {found.name}: {known} and {found}")
+    yield from seen.values()
