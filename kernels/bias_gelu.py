@@ -116,9 +116,8 @@ def bias_gelu(x: Tensor, b: Tensor) -> Tensor:
     Raises ValueError when b is not [D], x is not contiguous (call .contiguous() yourself: the copy is then visible), or
     devices or dtypes do not fit.
     """
-    check(
-        x.ndim > 0 and b.shape == x.shape[-1:], f"b must be {tuple(x.shape[-1:])}, x's last axis; got {tuple(b.shape)}"
-    )
+    check(x.ndim > 0, "x must be [..., D]; got a scalar")
+    check(b.shape == x.shape[-1:], f"b must be {tuple(x.shape[-1:])}, x's last axis; got {tuple(b.shape)}")
     check_contiguous(x=x, b=b)
     check_same_device(x=x, b=b)
     if not runs_triton(x):

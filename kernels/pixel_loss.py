@@ -274,18 +274,6 @@ def _rescale(grad: Tensor, upstream: Tensor) -> None:
     launch(_rescale_kernel, (programs,), grad, upstream, grad.numel(), programs, **t)
 
 
-def _setup(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
-
-
-def _autograd(ctx: FunctionCtx, upstream: Tensor, _: None) -> tuple:
-    (grad,) = ctx.saved_tensors  # type: ignore[attr-defined]
-    # the gradient itself is handed out, not a copy: in place, so that a second backward through one graph is refused
-    rescale_op(grad, upstream)
-    return grad, *[None] * 10
-
-
 forward_op = torch.library.custom_op("videomae::pixel_loss", _forward, mutates_args=())
 rescale_op = torch.library.custom_op("videomae::pixel_loss_rescale", _rescale, mutates_args=("grad",))
 forward_op.register_fake(
@@ -295,7 +283,25 @@ forward_op.register_fake(
     )
 )
 rescale_op.register_fake(lambda grad, upstream: None)
-forward_op.register_autograd(_autograd, setup_context=_setup)
+
+
+class _Loss(torch.autograd.Function):
+    """forward_op with its backward. Not registered with the op: there the gradient would be an output, which a compiled
+    backward may not write to."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, pred: Tensor, *arguments: object) -> Tensor:
+        loss, grad = forward_op(pred, *arguments, True)
+        ctx.save_for_backward(grad)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple:
+        (grad,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        # the gradient itself is handed out, not a copy: in place, so that a second backward through one graph is refused
+        rescale_op(grad, upstream)
+        return grad, *[None] * 9
 
 
 def pixel_loss(
@@ -352,5 +358,7 @@ def pixel_loss(
         )
     if not is_tensor:
         scale, constant = None, constant * float(scale)
-    writes = torch.is_grad_enabled() and pred.requires_grad
-    return forward_op(pred, frames, masked, factor, scale, cube, normalize, constant, mean, std, writes)[0]
+    arguments = (pred, frames, masked, factor, scale, cube, normalize, constant, mean, std)
+    if torch.is_grad_enabled() and pred.requires_grad:
+        return _Loss.apply(*arguments)
+    return forward_op(*arguments, False)[0]

@@ -1,10 +1,12 @@
-"""cube_embed against a convolution over the whole normalised clip."""
+"""cube_embed: the reference against a convolution over the whole normalised clip, the kernel against the reference."""
 
 import pytest
 import torch
 
-from kernels import cube_embed
+from kernels import cube_embed, tiles
+from kernels.cube_embed import cube_embed_ref, forward_op
 from kernels.launch import IMAGENET_MEAN, IMAGENET_STD
+from tests.kernels.harness import DTYPES, assert_matches, assert_works_captured, assert_works_compiled, sweep
 from videomae import masking
 from videomae.clip import sinusoid_positions
 
@@ -64,6 +66,136 @@ def test_takes_an_empty_batch_and_one_channel():
     assert cube_embed(clip, weight, bias, positions, mean=(0.5,), std=(0.5,)).shape == (2, 12, 40)
 
 
+def kernel_case(dtype, device, count=5, **sizes):
+    """A clip, its leaves at that dtype, and which cubes: count of them, or all without."""
+    clip, weight, bias, positions, grid = make(**sizes)
+    num_cubes = grid[0] * grid[1] * grid[2]
+    index = None if count is None else torch.stack([torch.randperm(num_cubes)[:count] for _ in range(len(clip))])
+    leaves = [t.detach().to(device, dtype) for t in (weight, bias)]
+    dy = torch.randn(len(clip), num_cubes if index is None else count, weight.shape[0]).to(device, dtype)
+    return clip.to(device), leaves, positions.float().to(device), None if index is None else index.to(device), dy
+
+
+def assert_kernel_matches(clip, leaves, positions, index, dy, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    def op(weight, bias):
+        return cube_embed(clip, weight, bias, positions, index, mean=mean, std=std)
+
+    def reference(weight, bias):
+        return cube_embed_ref(clip, weight, bias, positions.to(weight.dtype), index, mean, std)
+
+    assert_matches(op, reference, reference, leaves, (dy,))
+
+
+# smallest; odd width; one past a tile of rows and of columns; ViT-S, two clips of 16x112x112; other cubes, channels,
+# sides that are no powers of two; a cube row of 8 values, read by single bytes
+KERNEL_CASES = {
+    "one cube": {"frames": 2, "height": 16, "width": 16, "width_out": 1, "batch": 1, "count": 1},
+    "odd": {"width_out": 37, "batch": 3},
+    "past a tile": {"height": 160, "width": 144, "width_out": 129, "batch": 1, "count": 129},
+    "real": {"frames": 16, "height": 112, "width": 112, "width_out": 384, "count": 40},
+    "every cube": {"count": None},
+    "cube 1x8x8": {"cube": (1, 8, 8), "count": 31},
+    "cube 4x32x32": {"height": 64, "width": 64, "cube": (4, 32, 32), "count": 3},
+    "cube 2x14x14": {"height": 42, "width": 56, "cube": (2, 14, 14), "count": 7},
+    "cube 3x12x20": {"frames": 6, "height": 36, "width": 60, "cube": (3, 12, 20), "count": 7},
+    "one channel": {"channels": 1, "cube": (1, 8, 8)},
+    "five channels": {"channels": 5, "cube": (1, 8, 8)},
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), sweep(KERNEL_CASES, half=["odd", "every cube"], long=["real", "past a tile", "cube 4x32x32"])
+)
+def test_kernel_matches_the_reference(case, dtype, kernel_device):
+    sizes = KERNEL_CASES[case]
+    channels = sizes.get("channels", 3)
+    mean, std = (0.485, 0.456, 0.406, 0.1, 0.9)[:channels], (0.229, 0.224, 0.225, 0.5, 0.05)[:channels]
+    assert_kernel_matches(*kernel_case(dtype, kernel_device, **sizes), mean, std)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernel_takes_normalised_float_frames(dtype, kernel_device):
+    clip, leaves, positions, index, dy = kernel_case(dtype, kernel_device)
+    assert_kernel_matches(torch.randn(clip.shape, device=kernel_device).to(dtype), leaves, positions, index, dy)
+
+
+def test_kernel_sums_over_many_splits_and_uneven_ones(kernel_device):
+    """More rows than one program of backward takes: the splits are added up, the last one is short."""
+    case = kernel_case(
+        torch.float32, kernel_device, count=None, height=48, width=56, cube=(1, 8, 8), width_out=9, batch=1
+    )
+    tile = {"OUTER": 16, "COLS": 64, "ROWS": 16, "num_warps": 4, "num_stages": 2}
+    with tiles.trying("cube_embed.backward", tile):  # 64 rows to a program, 168 in all
+        assert_kernel_matches(*case)
+
+
+def test_kernel_goes_past_a_tile_both_ways(kernel_device):
+    tile = {"ROWS": 16, "COLS": 16, "DEPTH": 32, "num_warps": 4, "num_stages": 2}
+    with tiles.trying("cube_embed.forward", tile):
+        assert_kernel_matches(
+            *kernel_case(torch.float32, kernel_device, count=17, cube=(1, 8, 8), width_out=17, batch=1)
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8], ids=str)
+def test_kernel_takes_any_integers_as_index(dtype, kernel_device):
+    clip, (weight, bias), positions, index, _ = kernel_case(torch.float32, kernel_device)
+    wanted = cube_embed_ref(clip, weight, bias, positions, index, IMAGENET_MEAN, IMAGENET_STD)
+    got = cube_embed(clip, weight, bias, positions, index.to(dtype))
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_kernel_gives_nan_for_a_cube_that_is_none(kernel_device):
+    clip, (weight, bias), positions, index, _ = kernel_case(torch.float32, kernel_device)
+    for wrong in (-1, 12, 2**40):
+        broken = index.clone()
+        broken[0, 2] = wrong
+        got = cube_embed(clip, weight, bias, positions, broken)
+        assert got[0, 2].isnan().all()
+        assert got.isnan().sum() == got.shape[2]
+
+
+def test_kernel_follows_autocast_and_gives_float32_gradients(kernel_device):
+    clip, leaves, positions, index, dy = kernel_case(torch.float32, kernel_device)
+    weight, bias = (t.requires_grad_() for t in leaves)
+    half = torch.float16
+    with torch.autocast(kernel_device, dtype=half):
+        tokens = cube_embed(clip, weight, bias, positions, index)
+    dweight, dbias = torch.autograd.grad(tokens, (weight, bias), dy.to(half))
+    assert (tokens.dtype, dweight.dtype, dbias.dtype) == (half, torch.float32, torch.float32)
+    wanted = cube_embed_ref(clip, weight, bias, positions, index, IMAGENET_MEAN, IMAGENET_STD)
+    torch.testing.assert_close(tokens.float(), wanted, atol=2e-2, rtol=2e-3)
+
+
+def test_kernel_takes_an_empty_batch(kernel_device):
+    clip, leaves, positions, index, dy = kernel_case(torch.float32, kernel_device)
+    weight, bias = (t.requires_grad_() for t in leaves)
+    tokens = cube_embed(clip[:0], weight, bias, positions, index[:0])
+    dweight, dbias = torch.autograd.grad(tokens, (weight, bias), dy[:0])
+    assert tokens.shape == (0, 5, 40)
+    assert torch.equal(dweight, torch.zeros_like(weight))
+    assert torch.equal(dbias, torch.zeros_like(bias))
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_kernel_is_registered_as_torch_wants_it(indexed, kernel_device):
+    clip, (weight, bias), positions, index, _ = kernel_case(torch.float32, kernel_device, width_out=16)
+    leaves = (weight.requires_grad_(), bias.requires_grad_())
+    constants = (IMAGENET_MEAN, IMAGENET_STD, torch.float32)
+    torch.library.opcheck(forward_op, (clip, *leaves, positions, index if indexed else None, *constants))
+
+
+def test_kernel_works_compiled(kernel_device):
+    clip, leaves, positions, index, dy = kernel_case(torch.float32, kernel_device)
+    assert_works_compiled(lambda weight, bias: cube_embed(clip, weight, bias, positions, index), leaves, (dy,))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernel_works_captured(kernel_device):
+    clip, leaves, positions, index, dy = kernel_case(torch.bfloat16, kernel_device)
+    assert_works_captured(lambda weight, bias: cube_embed(clip, weight, bias, positions, index), leaves, (dy,))
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -75,8 +207,27 @@ def test_takes_an_empty_batch_and_one_channel():
         ({"positions": torch.zeros(11, 40)}, "positions must be"),
         ({"bias": torch.zeros(39)}, "bias must be"),
         ({"mean": (0.5,)}, "3 channels"),
+        ({"frames": torch.zeros(2, 3, 4, 32, 48, dtype=torch.uint8).movedim(1, -1)}, "frames must be contiguous"),
+        ({"weight": torch.zeros(40, 2, 16, 16, 3).movedim(-1, 1)}, "weight must be contiguous"),
+        ({"index": torch.zeros(4, 2, dtype=torch.int64).t()}, "index must be contiguous"),
+        ({"bias": torch.zeros(40, device="meta")}, "bias is on meta, frames on cpu"),
+        ({"positions": torch.zeros(12, 40, requires_grad=True)}, "positions are fixed"),
     ],
-    ids=["width", "no batch", "int32", "boolean index", "index rows", "positions", "bias", "mean"],
+    ids=[
+        "width",
+        "no batch",
+        "int32",
+        "boolean index",
+        "index rows",
+        "positions",
+        "bias",
+        "mean",
+        "frames' strides",
+        "weight's strides",
+        "index's strides",
+        "device",
+        "trained positions",
+    ],  # fmt: skip
 )
 def test_refuses(change, says):
     clip, weight, bias, positions, _ = make()

@@ -6,6 +6,8 @@ from einops import rearrange
 
 from kernels import pixel_loss
 from kernels.launch import IMAGENET_MEAN, IMAGENET_STD
+from kernels.pixel_loss import forward_op, pixel_loss_ref, rescale_op
+from tests.kernels.harness import assert_matches, assert_works_captured, assert_works_compiled, sweep
 from tests.tolerance import assert_as_good_as_torch
 from videomae import masking
 
@@ -111,6 +113,172 @@ def test_scales_by_a_number_or_a_tensor():
     torch.testing.assert_close(pixel_loss(pred, frames, masked, scale=torch.tensor(8.0)), plain * 8)
 
 
+def kernel_case(dtype, device, cube=CUBE, batch=2, count=5, frames=4, height=32, width=48, channels=3):
+    torch.manual_seed(0)
+    clip = torch.randint(0, 256, (batch, frames, height, width, channels), dtype=torch.uint8)
+    num_cubes = (frames // cube[0]) * (height // cube[1]) * (width // cube[2])
+    masked = torch.stack([torch.randperm(num_cubes)[:count] for _ in range(batch)])
+    pred = torch.randn(batch, count, cube[0] * cube[1] * cube[2] * channels).to(device, dtype)
+    return pred, clip.to(device), masked.to(device)
+
+
+MEANS, STDS = (0.485, 0.456, 0.406, 0.1, 0.9), (0.229, 0.224, 0.225, 0.5, 0.05)
+
+
+def assert_kernel_matches(pred, clip, masked, cube=CUBE, normalize=True, weight=None, scale=1.0, upstream=0.7):
+    channels = clip.shape[-1]
+    constants = {"mean": MEANS[:channels], "std": STDS[:channels]}
+
+    def op(pred):
+        return pixel_loss(pred, clip, masked, normalize, cube=cube, weight=weight, scale=scale, **constants)
+
+    def reference(pred):
+        return pixel_loss_ref(pred, clip, masked, cube, normalize, weight, scale, *constants.values())
+
+    assert_matches(op, reference, reference, (pred,), (torch.tensor(upstream, device=pred.device),))
+
+
+# one cube of one clip; odd counts; a real clip at 16x112x112; other cubes, sides that are no powers of two, channels; a
+# cube of 2 pixels; entries that fill no group of vectors
+KERNEL_CASES = {
+    "one cube": {"batch": 1, "count": 1},
+    "odd": {"batch": 3, "count": 7},
+    "real": {"frames": 16, "height": 112, "width": 112, "count": 80},
+    "cube 1x8x8": {"cube": (1, 8, 8), "count": 9},
+    "cube 4x32x32": {"height": 64, "width": 64, "cube": (4, 32, 32), "count": 3},
+    "cube 2x14x14": {"height": 42, "width": 56, "cube": (2, 14, 14)},
+    "cube 3x12x20": {"frames": 6, "height": 36, "width": 60, "cube": (3, 12, 20)},
+    "two pixels": {"cube": (1, 1, 2)},
+    "one channel": {"channels": 1, "cube": (1, 8, 8)},
+    "five channels": {"channels": 5, "cube": (1, 8, 8)},
+}
+
+
+@pytest.mark.parametrize(("case", "dtype"), sweep(KERNEL_CASES, half=["odd"], long=["real", "cube 4x32x32"]))
+def test_kernel_matches_the_reference(case, dtype, kernel_device):
+    sizes = KERNEL_CASES[case]
+    assert_kernel_matches(*kernel_case(dtype, kernel_device, **sizes), cube=sizes.get("cube", CUBE))
+
+
+@pytest.mark.parametrize(("normalize", "dtype"), sweep([True, False]))
+def test_kernel_takes_float_frames_and_plain_targets(normalize, dtype, kernel_device):
+    pred, clip, masked = kernel_case(dtype, kernel_device)
+    mean, std = (torch.tensor(v, device=kernel_device) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    assert_kernel_matches(pred, clip, masked, normalize=normalize)
+    assert_kernel_matches(pred, (clip / 255 - mean) / std, masked, normalize=normalize)
+
+
+@pytest.mark.parametrize("upstream", [1.0, 65536.0, 0.0])
+def test_kernel_scales_in_forward_and_by_what_comes_from_above(upstream, kernel_device):
+    pred, clip, masked = kernel_case(torch.float32, kernel_device)
+    assert_kernel_matches(pred, clip, masked, scale=0.25, upstream=upstream)
+    assert_kernel_matches(pred, clip, masked, scale=torch.tensor(8.0, device=kernel_device), upstream=upstream)
+
+
+def test_kernel_saves_half_precision_gradients_from_underflow_by_the_scale(kernel_device):
+    """1e-8 is nothing in float16; the loss scale enters before the rounding."""
+    pred, clip, masked = kernel_case(torch.float16, kernel_device, batch=2, count=4)
+    pred = (pred * 0.01).requires_grad_()
+    loss = pixel_loss(pred, clip, masked, scale=1e-3) * 1e3
+    lost = torch.autograd.grad(loss, pred)[0]
+    kept = torch.autograd.grad(pixel_loss(pred, clip, masked, scale=1e3), pred)[0]
+    assert lost.unique().numel() < kept.unique().numel() / 4
+
+
+def test_kernel_weights_clips_and_ignores_what_has_no_weight(kernel_device):
+    pred, clip, masked = kernel_case(torch.float32, kernel_device, batch=3)
+    weight = torch.tensor([0.3, 0.0, 2.0], device=kernel_device)
+    assert_kernel_matches(pred, clip, masked, weight=weight)
+    assert_kernel_matches(pred, clip, masked, weight=torch.zeros(3, device=kernel_device))
+    pred[1] = float("nan")
+    pred.requires_grad_()
+    loss = pixel_loss(pred, clip, masked, weight=weight)
+    gradient = torch.autograd.grad(loss, pred)[0]
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
+    assert gradient[1].abs().max() == 0
+    assert gradient[0].abs().max() > 0
+
+
+def test_kernel_gives_exactly_zero_target_for_a_constant_cube(kernel_device):
+    values = torch.arange(0, 256, 15, dtype=torch.uint8)
+    clip = values[:, None, None, None, None].expand(18, 2, 16, 16, 3).contiguous()
+    clip, masked = clip.to(kernel_device), torch.zeros(18, 1, dtype=torch.int64, device=kernel_device)
+    zeros = torch.zeros(18, 1, 1536, device=kernel_device)
+    assert pixel_loss(zeros, clip, masked).item() == 0.0
+    mean, std = (torch.tensor(v, device=kernel_device) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    assert pixel_loss(zeros, (clip / 255 - mean) / std, masked).item() == 0.0
+
+
+def test_kernel_keeps_small_deviations_on_a_bright_ground(kernel_device):
+    pred, clip, masked = kernel_case(torch.float32, kernel_device)
+    clip[:] = 250
+    clip[..., 5, 0] = 251
+    assert_kernel_matches(pred, clip, masked)
+
+
+def test_kernel_gives_nan_for_a_cube_that_is_none(kernel_device):
+    pred, clip, masked = kernel_case(torch.float32, kernel_device)
+    for wrong in (-1, 12, 2**40):
+        broken = masked.clone()
+        broken[1, 2] = wrong
+        assert pixel_loss(pred, clip, broken).isnan()
+
+
+def test_kernel_writes_no_gradient_where_none_is_wanted(kernel_device, monkeypatch):
+    pred, clip, masked = kernel_case(torch.float32, kernel_device)
+    made = []
+    like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: made.append(like(*a, **k)) or made[-1])
+    plain = pixel_loss(pred, clip, masked)
+    with torch.no_grad():
+        unrecorded = pixel_loss(pred.requires_grad_(), clip, masked)
+    assert made == []
+    assert torch.equal(plain, unrecorded)
+    assert torch.equal(pixel_loss(pred, clip, masked).detach(), plain)
+    assert len(made) == 1
+
+
+def test_kernel_refuses_a_second_backward_through_one_graph(kernel_device):
+    pred, clip, masked = kernel_case(torch.float32, kernel_device)
+    loss = pixel_loss(pred.requires_grad_(), clip, masked)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_kernel_takes_an_empty_batch(kernel_device):
+    pred, clip, masked = kernel_case(torch.float32, kernel_device)
+    pred = pred[:0].requires_grad_()
+    loss = pixel_loss(pred, clip[:0], masked[:0])
+    assert loss.item() == 0
+    assert torch.autograd.grad(loss, pred)[0].shape == pred.shape
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_kernel_is_registered_as_torch_wants_it(writes, kernel_device):
+    pred, clip, masked = kernel_case(torch.float32, kernel_device, batch=1, count=2)
+    constants = (CUBE, True, 0.1, IMAGENET_MEAN, IMAGENET_STD, writes)
+    torch.library.opcheck(forward_op, (pred, clip, masked, None, None, *constants))
+    torch.library.opcheck(rescale_op, (pred, torch.tensor(3.0, device=kernel_device)))
+
+
+def test_kernel_works_compiled(kernel_device):
+    pred, clip, masked = kernel_case(torch.float32, kernel_device)
+    weight = torch.tensor([0.5, 1.0], device=kernel_device)
+    for upstream in (1.0, 3.0):
+        up = torch.tensor(upstream, device=kernel_device)
+        assert_works_compiled(lambda pred: pixel_loss(pred, clip, masked), (pred,), (up,))
+    assert_works_compiled(lambda pred: pixel_loss(pred, clip, masked, weight=weight, scale=2.0), (pred,), (up,))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernel_works_captured(kernel_device):
+    pred, clip, masked = kernel_case(torch.bfloat16, kernel_device)
+    up = torch.tensor(3.0, device=kernel_device)
+    assert_works_captured(lambda pred: pixel_loss(pred, clip, masked), (pred,), (up,))
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -120,8 +288,12 @@ def test_scales_by_a_number_or_a_tensor():
         ({"weight": torch.ones(3)}, "weight must be"),
         ({"cube": (3, 16, 16)}, "multiples of the cube"),
         ({"cube": (1, 1, 1)}, "no variance"),
+        ({"pred": torch.zeros(2, 1536, 8).mT}, "pred must be contiguous"),
+        ({"scale": torch.ones(2)}, "scale must be one number; got shape .2,"),
+        ({"weight": torch.ones(2, device="meta")}, "weight is on meta, frames on cpu"),
+        ({"mean": (0.5,)}, "3 channels"),
     ],
-    ids=["entries", "int", "boolean mask", "weight", "cube", "one pixel"],
+    ids=["entries", "int", "boolean mask", "weight", "cube", "one pixel", "strides", "scale", "device", "mean"],
 )
 def test_refuses(change, says):
     frames, masked, pred = make()
