@@ -207,6 +207,17 @@ def _fold_values(frames: Tensor, mean: Sequence[float], std: Sequence[float]) ->
     return channel_values((*scales, *shifts), 1, torch.float32, frames.device)
 
 
+def _splits(rows: int, values: int, tiles: int, block: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Into how many parts to cut the rows of backward's sum: the number that keeps the multiprocessors busiest.
+
+    A program fills a multiprocessor, and takes at least four blocks of rows; all partial sums together take no more
+    memory than the tokens.
+    """
+    processors = target_of(device).processors
+    limit = max(1, min(rows * dtype.itemsize // (4 * values), rows // (4 * block)))
+    return max(range(1, limit + 1), key=lambda n: (n * tiles / triton.cdiv(n * tiles, processors), -n))
+
+
 def _geometry(frames: Tensor, cube: Sequence[int], num_rows: int) -> tuple[tuple[int, ...], dict[str, int]]:
     """The kernels' sizes, and their compile-time constants."""
     (B, T, H, W, C), (dt, dy, dx) = frames.shape, cube
@@ -230,7 +241,7 @@ def _forward(
     folded = torch.empty(D, P * C, dtype=dtype, device=frames.device)
     offset = torch.empty(D, dtype=torch.float32, device=frames.device)
     out = torch.empty(len(frames), V, D, dtype=dtype, device=frames.device)
-    block = min(512, triton.next_power_of_2(P))
+    block = min(256, triton.next_power_of_2(P))
     launch(_fold_kernel, (D,), weight, bias, _fold_values(frames, mean, std), folded, offset, C=C, P=P, BLOCK=block)
     sizes, constants = _geometry(frames, cube, len(frames) * V)
     t = tile("cube_embed.forward", _forward_tile, frames.device, dtype, D=D, K=P * C)
@@ -255,10 +266,9 @@ def _backward(
     sizes, constants = _geometry(frames, cube, B * V)
     t = tile("cube_embed.backward", _backward_tile, frames.device, dy.dtype, D=D, K=P * C)
     tiles = triton.cdiv(P * C, t["COLS"]), triton.cdiv(D, t["OUTER"])
-    # enough splits for two programs on every multiprocessor, none of them with fewer than four blocks of rows
-    splits = triton.cdiv(2 * target_of(frames.device).processors, tiles[0] * tiles[1])
-    span = triton.cdiv(triton.cdiv(B * V, max(1, splits)), 4 * t["ROWS"]) * 4 * t["ROWS"]
-    splits = triton.cdiv(B * V, span) if B * V else 0
+    rows_each = triton.cdiv(B * V, _splits(B * V, P * C, tiles[0] * tiles[1], t["ROWS"], dy.dtype, frames.device))
+    span = max(1, triton.cdiv(rows_each, t["ROWS"])) * t["ROWS"]
+    splits = triton.cdiv(B * V, span)
     part = torch.empty(splits, D, P * C, dtype=torch.float32, device=dy.device)
     bias_part = torch.empty(splits, D, dtype=torch.float32, device=dy.device)
     tensors = (dy, frames, index, part, bias_part)
@@ -347,6 +357,9 @@ def cube_embed(
     check_kernel_dtypes(
         weight=weight, bias=bias, positions=positions, frames=None if frames.dtype == torch.uint8 else frames
     )
+    num_rows = len(frames) * (num_cubes if index is None else index.shape[1])
+    small = max(positions.numel(), weight.numel(), num_rows) < 2**31
+    check(small, "positions, weight and cubes must number fewer than 2^31 each: their offsets are 32 bits wide")
     device = frames.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     return forward_op(frames, weight, bias, positions, index, mean, std, dtype)

@@ -196,4 +196,6 @@ def decoder_input(
     if not runs_triton(visible):
         return decoder_input_ref(visible, mask_token, positions, visible_index, masked_index)
     check_kernel_dtypes(visible=visible, mask_token=mask_token, positions=positions)
+    small = max(positions.numel(), width * (num_visible + masked_index.shape[1])) < 2**31
+    check(small, "positions and a clip's sequence must have fewer than 2^31 values: their offsets are 32 bits wide")
     return forward_op(visible, mask_token, positions, visible_index, masked_index)

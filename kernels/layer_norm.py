@@ -21,7 +21,9 @@ def _forward_tile(target: Target, dtype: torch.dtype, D: int) -> Tile:
 
 
 def _backward_tile(target: Target, dtype: torch.dtype, D: int) -> Tile:
-    return _forward_tile(target, dtype, D) | {"PROGRAMS": 4 * target.processors}
+    """As forward; of the widest rows two, since four spill on sm_120. PROGRAMS bounds the rows of partial sums."""
+    rows = 4 if D <= 1024 else 2
+    return _forward_tile(target, dtype, D) | {"ROWS": rows, "PROGRAMS": 4 * target.processors}
 
 
 def layer_norm_ref(

@@ -299,7 +299,7 @@ class _Loss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple:
         (grad,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        # the gradient itself is handed out, not a copy: in place, so that a second backward through one graph is refused
+        # the gradient itself is handed out, not a copy: a second backward through one graph is therefore refused
         rescale_op(grad, upstream)
         return grad, *[None] * 9
 
@@ -338,27 +338,21 @@ def pixel_loss(
         check(tuple(weight.shape) == (len(frames),), f"weight must be ({len(frames)},); got {tuple(weight.shape)}")
     channels = frames.shape[-1]
     check(len(mean) == len(std) == channels, f"mean and std must have {channels} channels; got {mean} and {std}")
-    is_tensor = isinstance(scale, Tensor)
-    check(
-        not is_tensor or scale.numel() == 1, f"scale must be one number; got shape {tuple(getattr(scale, 'shape', ()))}"
-    )
+    number, tensor = (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
+    if tensor is not None:
+        check(tensor.numel() == 1, f"scale must be one number; got shape {tuple(tensor.shape)}")
     check_contiguous(pred=pred, weight=weight)
-    check_same_device(frames=frames, weight=weight, scale=scale if is_tensor else None)
+    check_same_device(frames=frames, weight=weight, scale=tensor)
     if not runs_triton(pred):
         return pixel_loss_ref(pred, frames, masked, cube, normalize, weight, scale, mean, std)
     check_kernel_dtypes(pred=pred, frames=None if frames.dtype == torch.uint8 else frames)
     # sums of squares of more pixels would not fit 32 bits
     check(pixels <= 32768, f"a cube must have at most 32768 pixels to run the kernel; got {tuple(cube)}")
-    factor, constant = None, 1.0 / max(1, pred.numel())
+    factor, constant = None, number / max(1, pred.numel())
     if weight is not None:
-        wide = weight.float()
-        factor, constant = (
-            wide / wide.sum().clamp_min(torch.finfo(torch.float32).tiny),
-            len(pred) / max(1, pred.numel()),
-        )
-    if not is_tensor:
-        scale, constant = None, constant * float(scale)
-    arguments = (pred, frames, masked, factor, scale, cube, normalize, constant, mean, std)
+        factor = weight.float() / weight.float().sum().clamp_min(torch.finfo(torch.float32).tiny)
+        constant *= len(pred)
+    arguments = (pred, frames, masked, factor, tensor, cube, normalize, constant, mean, std)
     if torch.is_grad_enabled() and pred.requires_grad:
         return _Loss.apply(*arguments)
     return forward_op(*arguments, False)[0]

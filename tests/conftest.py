@@ -1,6 +1,8 @@
 """Fixtures of all tests: one thread, where kernels run, and real videos from outside the repository."""
 
 import os
+from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -59,26 +61,60 @@ def hard() -> Path:
 
 
 @pytest.fixture
-def kernel_device(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The device on which ops run their kernels: the GPU, or the CPU by the interpreter. Fresh tensors hold NaN."""
-    poison(monkeypatch)
+def bare_kernel_device(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The device on which ops run their kernels: the GPU, or the CPU by the interpreter."""
     if torch.cuda.is_available():
         return "cuda"
     monkeypatch.setattr(launch, "_interpret", True)
     return "cpu"
 
 
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch.empty and its kin give is NaN, or the largest integer: memory that nobody wrote is then seen."""
+@pytest.fixture
+def kernel_device(bare_kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The same, with every allocation poisoned and guarded."""
+    guards = guard_allocations(monkeypatch)
+    yield bare_kernel_device
+    for guard in guards:
+        assert (guard == CANARY).all(), "a kernel wrote past the end of a tensor it was given"
 
-    def poisoned(make):
-        def wrapper(*args, **kwargs):
-            x = make(*args, **kwargs)
-            if not x.is_meta:
-                x.fill_(float("nan") if x.dtype.is_floating_point else torch.iinfo(x.dtype).max)
-            return x
 
-        return wrapper
+CANARY, GUARD_BYTES = 0xA5, 512
 
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+def guard_allocations(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """What torch.empty and its kin give is NaN, or the largest integer, so that memory which nobody wrote is seen; and
+    it lies between bytes that nobody may write: these are returned, all CANARY."""
+    guards = []
+    empty = torch.empty
+
+    def guarded(size, dtype, device):
+        count = prod(size)
+        num_bytes = (count * dtype.itemsize + 15) // 16 * 16
+        memory = empty(num_bytes + 2 * GUARD_BYTES, dtype=torch.uint8, device=device).fill_(CANARY)
+        guards.extend((memory[:GUARD_BYTES], memory[GUARD_BYTES + num_bytes :]))
+        x = empty(0, dtype=dtype, device=device)
+        # not a view, as far as autograd and operator checks can see
+        x.set_(memory.untyped_storage(), GUARD_BYTES // dtype.itemsize, tuple(size))
+        return x.fill_(float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max)
+
+    def ordinary(x):
+        return type(x) is torch.Tensor and not x.is_meta
+
+    def make_empty(*size, dtype=None, device=None, **others):
+        plain = empty(*size, dtype=dtype, device=device, **others)
+        return guarded(plain.shape, plain.dtype, plain.device) if ordinary(plain) and not others else plain
+
+    like, new = torch.empty_like, torch.Tensor.new_empty
+
+    def make_like(x, **others):
+        plain = like(x, **others)
+        return guarded(plain.shape, plain.dtype, plain.device) if ordinary(plain) and plain.is_contiguous() else plain
+
+    def make_new(x, *size, **others):
+        plain = new(x, *size, **others)
+        return guarded(plain.shape, plain.dtype, plain.device) if ordinary(plain) else plain
+
+    monkeypatch.setattr(torch, "empty", make_empty)
+    monkeypatch.setattr(torch, "empty_like", make_like)
+    monkeypatch.setattr(torch.Tensor, "new_empty", make_new)
+    return guards

@@ -80,7 +80,7 @@ class StepStats(NamedTuple):
 
 
 class Updater:
-    """Turns losses into updates: `backward` for each micro-batch, then `step`."""
+    """Turns losses into updates: the backward pass of each micro-batch's loss times `loss_scale`, then `step`."""
 
     def __init__(
         self, model: nn.Module, config: Optim, schedule: Schedule, precision: str, device: torch.device
@@ -92,8 +92,12 @@ class Updater:
         # only float16's gradients underflow
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
 
-    def backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss).backward()
+    @property
+    def loss_scale(self) -> Tensor | float:
+        """What a loss is to be multiplied with before its backward pass: 1, or a scalar on the device for float16."""
+        if not self.scaler.is_enabled():
+            return 1.0
+        return self.scaler.scale(torch.ones((), device=self._parameters[0].device))
 
     def step(self, step: int, loss: Tensor, *, grad_factor: float = 1.0, skip: bool = False) -> StepStats:
         """Update the weights with the schedule's rate for this step, gradients times grad_factor.

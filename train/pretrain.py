@@ -208,9 +208,11 @@ def _step(
         micro_real = len(batch.samples) - len(batch.skips)
         real, lost = real + micro_real, lost + len(batch.skips)
         paths += [run.videos.paths[sample.index] for sample in batch.samples]
-        part = _loss(run, batch, scale=micro_real / clips)
-        run.updater.backward(part)
-        loss += part.detach()
+        # inside the loss, where float16's gradient is still float32
+        scale = run.updater.loss_scale
+        part = _loss(run, batch, scale=scale * (micro_real / clips))
+        part.backward()
+        loss += part.detach() / scale
     factor = clips / real if 0 < real < clips else 1.0
     stats = run.updater.step(step, loss, grad_factor=factor, skip=real == 0)
     return {
@@ -223,7 +225,7 @@ def _step(
     }
 
 
-def _loss(run: Run, batch: Batch, *, scale: float) -> Tensor:
+def _loss(run: Run, batch: Batch, *, scale: float | Tensor) -> Tensor:
     config, input = run.config, run.model.input
     frames = _to_device(batch.frames, run.device)
     mask = masking.make(config.mask.kind, input.grid, config.mask.ratio, _to_device(batch.keys, run.device))

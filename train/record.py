@@ -1,5 +1,5 @@
-"""What a run writes before its first step, so that every number can be traced: settings, plan, versions, commit,
-command."""
+"""What a run writes before its first step, so that every number can be traced: settings, plan, versions, commit, kernel
+tiles, command."""
 
 import importlib.metadata
 import json
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from kernels.tiles import table_hash
 
 _PACKAGES = ("torch", "triton", "numpy", "einops", "decord2", "decord", "av", "safetensors", "pillow")
 
@@ -50,6 +52,7 @@ def _surroundings() -> dict[str, Any]:
     return {
         "commit": _commit(),
         "versions": versions,
+        "kernel_tiles": table_hash(),
         "host": platform.node(),
         "system": platform.platform(),
         "gpu": gpu,

@@ -6,7 +6,6 @@ The model knows nothing of optimisers, processes or files.
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,6 @@ from videomae.clip import grid_of, sinusoid_positions
 from videomae.masking import Mask
 
 NORM_EPS = 1e-6
-LayerNorm = partial(nn.LayerNorm, eps=NORM_EPS)
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,22 @@ class Input:
         return self.cube[0] * self.cube[1] * self.cube[2] * len(self.mean)
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the last axis, as one kernel with the addition before it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.layer_norm(x.contiguous(), None, self.weight, self.bias, self.eps)[0]
+
+    def add(self, branch: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + branch, and x + branch itself; without a branch, x."""
+        if branch is None:
+            return self(x), x
+        return kernels.layer_norm(branch, x, self.weight, self.bias, self.eps)
+
+
 class Attention(nn.Module):
     """Joint space-time self-attention; q and v have biases, k has none (RECIPES A.3)."""
 
@@ -115,7 +129,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(functional.gelu(self.fc1(x)))
+        assert self.fc1.bias is not None
+        return self.fc2(kernels.bias_gelu(functional.linear(x, self.fc1.weight), self.fc1.bias))
 
 
 class DropPath(nn.Module):
@@ -134,7 +149,8 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block. What its second branch gives is added by whoever reads it, in the next norm's
+    kernel."""
 
     def __init__(self, width: int, heads: int, drop_path: float = 0.0) -> None:
         super().__init__()
@@ -144,10 +160,12 @@ class Block(nn.Module):
         self.mlp = Mlp(width)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, last: int | None = None) -> Tensor:
-        mixed = self.drop_path(self.attn(self.norm1(x), last))
-        x = (x if last is None else x[:, -last:]) + mixed
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, branch: Tensor | None, last: int | None = None) -> tuple[Tensor, Tensor]:
+        """From x + branch (or x) to x and branch, both [B, L, D], or [B, last, D] with last given."""
+        normed, x = self.norm1.add(branch, x)
+        mixed = self.drop_path(self.attn(normed, last))
+        normed, x = self.norm2.add(mixed, x if last is None else x[:, -last:].contiguous())
+        return x, self.drop_path(self.mlp(normed))
 
 
 class Blocks(nn.ModuleList):
@@ -158,16 +176,23 @@ class Blocks(nn.ModuleList):
         super().__init__(Block(width, heads, rate) for rate in rates)
         self.recompute = False
 
-    def forward(self, x: Tensor, last: int | None = None) -> Tensor:
-        """With last given, the last block's queries, MLP and second norm are computed for its last so many tokens
-        only."""
+    def forward(self, x: Tensor, norm: LayerNorm | None = None, last: int | None = None) -> Tensor:
+        """x after every block, and after norm where it is given.
+
+        With last given, the last block's queries, MLP and second norm are computed for its last so many tokens only.
+        """
+        branch = None
         for i, block in enumerate(self):
             wanted = last if i == len(self) - 1 else None
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, wanted, use_reentrant=False)
+                # added up here: one tensor to keep for each block, not two
+                x = x if branch is None else x + branch
+                x, branch = checkpoint(block, x, None, wanted, use_reentrant=False)
             else:
-                x = block(x, wanted)
-        return x
+                x, branch = block(x, branch, wanted)
+        if norm is not None:
+            return norm.add(branch, x)[0]
+        return x if branch is None else x + branch
 
 
 class PatchEmbed(nn.Module):
@@ -189,7 +214,7 @@ class Encoder(nn.Module):
         self.size, self.input = size, input
         self.patch_embed = PatchEmbed(input.cube, len(input.mean), size.width)
         self.blocks = Blocks(size.width, size.depth, size.heads, drop_path)
-        self.norm = LayerNorm(size.width) if final_norm else nn.Identity()
+        self.norm = LayerNorm(size.width) if final_norm else None
         # not in the state dict: fixed, and absent from every published file
         self.register_buffer("positions", sinusoid_positions(input.num_cubes, size.width), persistent=False)
         self.blocks.apply(_init_linear_xavier)
@@ -209,7 +234,7 @@ class Encoder(nn.Module):
 
     def forward(self, frames: Tensor, visible: Tensor | None = None) -> Tensor:
         """Features [B, V, D] of the visible cubes, or [B, N, D] of all."""
-        return self.norm(self.blocks(self.embed(frames, visible)))
+        return self.blocks(self.embed(frames, visible), self.norm)
 
 
 class Decoder(nn.Module):
@@ -223,7 +248,7 @@ class Decoder(nn.Module):
         self.apply(_init_linear_xavier)
 
     def forward(self, x: Tensor, num_masked: int) -> Tensor:
-        return self.head(self.norm(self.blocks(x, num_masked)))
+        return self.head(self.blocks(x, self.norm, num_masked))
 
 
 class VideoMAE(nn.Module):
@@ -241,6 +266,7 @@ class VideoMAE(nn.Module):
         self.decoder = Decoder(size, decoder_depth, input.cube_values)
         positions = sinusoid_positions(input.num_cubes, size.decoder_width)
         self.register_buffer("decoder_positions", positions, persistent=False)
+        self._cast_positions = positions
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def forward(self, frames: Tensor, mask: Mask) -> Tensor:
@@ -257,10 +283,17 @@ class VideoMAE(nn.Module):
             f"the mask is for {mask.num_cubes} cubes, the model has {self.input.num_cubes}: {self.input.grid}",
         )
         visible = self.encoder_to_decoder(self.encoder(frames, mask.visible))
-        sequence = kernels.decoder_input(
-            visible, self.mask_token.flatten(), self.decoder_positions, mask.visible, mask.masked
-        )
+        positions = self._positions_as(visible)
+        sequence = kernels.decoder_input(visible, self.mask_token.flatten(), positions, mask.visible, mask.masked)
         return self.decoder(sequence, mask.masked.shape[1])
+
+
+    def _positions_as(self, x: Tensor) -> Tensor:
+        """The decoder's positions in x's dtype (RECIPES A.2), cast once: a row is read for every token, from the cache,
+        whose bandwidth float32 would exceed."""
+        if self._cast_positions.dtype != x.dtype or self._cast_positions.device != x.device:
+            self._cast_positions = self.decoder_positions.to(x.dtype)
+        return self._cast_positions
 
 
 def _init_linear_xavier(module: nn.Module) -> None:

@@ -117,7 +117,7 @@ def save_hugging_face(model: nn.Module, folder: str | Path) -> None:
         kind,
         decoder_depth=len(model.decoder.blocks) if isinstance(model, VideoMAE) else 4,
         num_classes=model.head.out_features if isinstance(model, Classifier) else 0,
-        final_norm=not isinstance(encoder.norm, nn.Identity),
+        final_norm=encoder.norm is not None,
     )
     tensors = {name: tensor.contiguous() for name, tensor in hugging_face.from_official(_tensors_of(model)).items()}
     objects = {"config.json": config, "preprocessor_config.json": hugging_face.preprocessor_of(encoder.input)}

@@ -57,9 +57,9 @@ def markdown(built: list[Built]) -> str:
         lines += ["| kernel | warps | registers | spilled | shared bytes | instructions | tensor cores | loads |"]
         lines += ["| --- | --: | --: | --: | --: | --: | --- | --- |"]
         for b in rows:
-            cells = (b.specialisation.name, b.specialisation.num_warps, b.registers, b.stack_bytes, b.shared_bytes)
-            cells += (b.instructions, ", ".join(b.tensor_cores), " ".join(map(str, b.load_bytes)))
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
+            cells = [b.specialisation.name, b.specialisation.num_warps, b.registers, b.stack_bytes, b.shared_bytes]
+            found = [b.instructions, ", ".join(b.tensor_cores), " ".join(map(str, b.load_bytes))]
+            lines.append("| " + " | ".join(map(str, cells + found)) + " |")
     return "\n".join(lines) + "\n"
 
 

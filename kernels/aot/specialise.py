@@ -1,6 +1,5 @@
 """From a kernel start to machine code: the types Triton would give the arguments, the cubin, and what is in it."""
 
-import os
 import re
 import subprocess
 import tempfile
@@ -110,6 +109,8 @@ def build(specialisation: Specialisation, architecture: int) -> Built:
         triton.knobs.compilation.disable_line_info = True  # no paths of this machine in the result
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     usage, code = _dump(compiled.asm["cubin"])
+    registers, stack_bytes = _resources(usage)
+    instructions, tensor_cores, load_bytes = _instructions(code)
     entry = re.search(r"\.entry[^(]*\(([^)]*)\)", compiled.asm["ptx"])
     assert entry is not None
     return Built(
@@ -119,19 +120,25 @@ def build(specialisation: Specialisation, architecture: int) -> Built:
         compiled.metadata.name,
         compiled.metadata.shared,
         entry.group(1).count(".param") - len(specialisation.arguments),
-        *_resources(usage),
-        *_instructions(code),
+        registers,
+        stack_bytes,
+        instructions,
+        tensor_cores,
+        load_bytes,
     )
 
 
 def _dump(cubin: bytes) -> tuple[str, str]:
     """Resource usage and disassembly, by the tools that come with Triton."""
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "kernel.cubin")
-        Path(path).write_bytes(cubin)
-        commands = [TOOLS / "cuobjdump", "--dump-resource-usage", path], [TOOLS / "nvdisasm", "-c", path]
-        usage, code = (subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands)
-    return usage, code
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+
+        def run(tool: str, option: str) -> str:
+            command = [str(TOOLS / tool), option, str(path)]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        return run("cuobjdump", "--dump-resource-usage"), run("nvdisasm", "-c")
 
 
 def _resources(usage: str) -> tuple[int, int]:

@@ -212,7 +212,9 @@ int cuCtxPushCurrent_v2(void *context) {
 }
 int cuCtxPopCurrent_v2(void **context) {
   *context = &primary_context;
-  return depth-- > 0 ? 0 : INVALID_CONTEXT;
+  if (depth == 0) return INVALID_CONTEXT;
+  depth--;
+  return 0;
 }
 int cuModuleLoadData(void **module, const void *image) {
   for (size_t i = 0; i < num_kernels; i++) {

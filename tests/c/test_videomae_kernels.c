@@ -306,13 +306,15 @@ static void check_loss(vmk_context *gpu, const golden_file *file, const workload
 
 /* In the order of kernels/aot/golden.py's launches. */
 static void check_numbers(vmk_context *gpu, const golden_file *file, const workload *w) {
+  const double mean[3] = {0.485, 0.456, 0.406}, std[3] = {0.229, 0.224, 0.225};
   size_t bytes = (size_t)(w->clips.B * w->N * w->D) * 2;
+  poison(gpu, w->folded, vmk_fold_bytes(w->D));
   poison(gpu, w->tokens, bytes);
   REQUIRE_OK(vmk_fold(gpu, w->weight, w->bias, w->D, NULL, NULL, w->folded, NULL));
   REQUIRE_OK(vmk_cube_embed(gpu, &w->clips, w->index, w->V, w->folded, w->positions, w->D, w->tokens, NULL));
   compare(gpu, file, "tokens_visible", w->tokens);
   poison(gpu, w->tokens, bytes);
-  REQUIRE_OK(vmk_fold(gpu, w->weight, w->bias, w->D, NULL, NULL, w->folded, NULL));
+  REQUIRE_OK(vmk_fold(gpu, w->weight, w->bias, w->D, mean, std, w->folded, NULL));
   REQUIRE_OK(vmk_cube_embed(gpu, &w->clips, NULL, w->N, w->folded, w->positions, w->D, w->tokens, NULL));
   compare(gpu, file, "tokens_all", w->tokens);
   poison(gpu, w->gradient, (size_t)(w->clips.B * w->M * w->K) * 2);
@@ -375,9 +377,30 @@ static int holds(int capability) {
 /* The code that a GPU of that capability should be given; 0 for none. */
 static int code_for(int device) {
   int best = 0;
-  for (int code = device / 10 * 10; code <= device; code++) /* from 9.0 on Triton makes code for the one capability */
+  /* from 9.0 on Triton makes code for the one capability */
+  for (int code = device / 10 * 10; code <= device; code++)
     if (holds(code) && (code < 90 || code == device)) best = code;
   return best;
+}
+
+/* In the CUDA context that is current, and only then. */
+static void check_current_context(void *driver) {
+  int (*retain)(void **, int), (*push)(void *), (*pop)(void **);
+  void *addresses[] = {dlsym(driver, "cuDevicePrimaryCtxRetain"), dlsym(driver, "cuCtxPushCurrent_v2"),
+                       dlsym(driver, "cuCtxPopCurrent_v2")};
+  memcpy(&retain, &addresses[0], sizeof retain);
+  memcpy(&push, &addresses[1], sizeof push);
+  memcpy(&pop, &addresses[2], sizeof pop);
+  vmk_context *gpu = NULL;
+  void *context = NULL, *memory = NULL;
+  refuses(vmk_open(VMK_CURRENT_CONTEXT, &gpu), VMK_NO_DEVICE, "no CUDA context");
+  CHECK(retain(&context, 0) == 0 && push(context) == 0, "the fake driver has a context");
+  REQUIRE_OK(vmk_open(VMK_CURRENT_CONTEXT, &gpu));
+  REQUIRE_OK(vmk_allocate(gpu, 64, &memory));
+  REQUIRE_OK(vmk_free(gpu, memory));
+  vmk_close(gpu);
+  CHECK(pop(&context) == 0, "the library left the context current");
+  CHECK(pop(&context) != 0, "nothing else is current");
 }
 
 static void test_emulated(const golden_file *file) {
@@ -401,7 +424,7 @@ static void test_emulated(const golden_file *file) {
       continue;
     }
     refuses(vmk_open(1, &gpu), VMK_NO_DEVICE, "there is no GPU 1");
-    refuses(vmk_open(VMK_CURRENT_CONTEXT, &gpu), VMK_NO_DEVICE, "no CUDA context");
+    check_current_context(driver);
     REQUIRE_OK(vmk_open(0, &gpu));
     CHECK(vmk_device_capability(gpu) == devices[i] && vmk_code_capability(gpu) == code, "sm_%d got the code of sm_%d",
           devices[i], vmk_code_capability(gpu));

@@ -73,8 +73,8 @@ def test_takes_nothing(shape, kernel_device):
     assert torch.autograd.grad(out, qkv, dout)[0].shape == qkv.shape
 
 
-def test_is_registered_as_torch_wants_it(kernel_device):
-    qkv, _ = make((1, 5, 2, 16), torch.float32, kernel_device)
+def test_is_registered_as_torch_wants_it(bare_kernel_device):
+    qkv, _ = make((1, 5, 2, 16), torch.float32, bare_kernel_device)
     torch.library.opcheck(forward_op, (qkv.requires_grad_(),))
 
 

@@ -62,8 +62,8 @@ def test_takes_nothing(kernel_device):
     assert torch.equal(db, torch.zeros_like(b))
 
 
-def test_is_registered_as_torch_wants_it(kernel_device):
-    x, b, _ = make((5, 48), device=kernel_device)
+def test_is_registered_as_torch_wants_it(bare_kernel_device):
+    x, b, _ = make((5, 48), device=bare_kernel_device)
     torch.library.opcheck(forward_op, (x.requires_grad_(), b.requires_grad_()))
 
 

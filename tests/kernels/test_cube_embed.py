@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import cube_embed, tiles
-from kernels.cube_embed import cube_embed_ref, forward_op
+from kernels.cube_embed import _splits, cube_embed_ref, forward_op
 from kernels.launch import IMAGENET_MEAN, IMAGENET_STD
 from tests.kernels.harness import DTYPES, assert_matches, assert_works_captured, assert_works_compiled, sweep
 from videomae import masking
@@ -120,13 +120,23 @@ def test_kernel_takes_normalised_float_frames(dtype, kernel_device):
 
 
 def test_kernel_sums_over_many_splits_and_uneven_ones(kernel_device):
-    """More rows than one program of backward takes: the splits are added up, the last one is short."""
-    case = kernel_case(
-        torch.float32, kernel_device, count=None, height=48, width=56, cube=(1, 8, 8), width_out=9, batch=1
-    )
+    """Rows of backward's sum in three parts: they are added up, and the last one is short."""
+    sizes = {"height": 48, "width": 56, "cube": (1, 8, 8), "width_out": 9, "batch": 2, "channels": 1}
+    case = kernel_case(torch.float32, kernel_device, count=97, **sizes)
     tile = {"OUTER": 16, "COLS": 64, "ROWS": 16, "num_warps": 4, "num_stages": 2}
-    with tiles.trying("cube_embed.backward", tile):  # 64 rows to a program, 168 in all
-        assert_kernel_matches(*case)
+    assert _splits(194, 64, 1, 16, torch.float32, torch.device("cpu")) == 3
+    with tiles.trying("cube_embed.backward", tile):
+        assert_kernel_matches(*case, mean=(0.4,), std=(0.2,))
+
+
+def test_splits_keep_a_gpu_busy_and_take_no_more_memory_than_the_tokens():
+    with tiles.assuming(tiles.Target("some GPU", 90, 132)):
+        for width in (384, 768, 1024, 1280):
+            num_tiles = 12 * -(-width // 128)
+            splits = _splits(64 * 160, 1536, num_tiles, 64, torch.bfloat16, torch.device("cuda"))
+            busy = splits * num_tiles / 132
+            assert busy / -(-busy // 1) > 0.7
+            assert splits * width * 1536 * 4 <= 64 * 160 * width * 2
 
 
 def test_kernel_goes_past_a_tile_both_ways(kernel_device):
@@ -178,8 +188,8 @@ def test_kernel_takes_an_empty_batch(kernel_device):
 
 
 @pytest.mark.parametrize("indexed", [True, False])
-def test_kernel_is_registered_as_torch_wants_it(indexed, kernel_device):
-    clip, (weight, bias), positions, index, _ = kernel_case(torch.float32, kernel_device, width_out=16)
+def test_kernel_is_registered_as_torch_wants_it(indexed, bare_kernel_device):
+    clip, (weight, bias), positions, index, _ = kernel_case(torch.float32, bare_kernel_device, width_out=16)
     leaves = (weight.requires_grad_(), bias.requires_grad_())
     constants = (IMAGENET_MEAN, IMAGENET_STD, torch.float32)
     torch.library.opcheck(forward_op, (clip, *leaves, positions, index if indexed else None, *constants))

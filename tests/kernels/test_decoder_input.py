@@ -107,8 +107,8 @@ def assert_kernel_matches_or_empty(leaves, positions, seen, hidden, dout):
     torch.testing.assert_close(dtoken, dout[:, seen.shape[1] :].sum((0, 1)), atol=1e-5, rtol=1e-5)
 
 
-def test_kernel_is_registered_as_torch_wants_it(kernel_device):
-    (visible, token), positions, seen, hidden, _ = kernel_case(2, 5, 7, 16, torch.float32, kernel_device)
+def test_kernel_is_registered_as_torch_wants_it(bare_kernel_device):
+    (visible, token), positions, seen, hidden, _ = kernel_case(2, 5, 7, 16, torch.float32, bare_kernel_device)
     torch.library.opcheck(forward_op, (visible.requires_grad_(), token.requires_grad_(), positions, seen, hidden))
 
 

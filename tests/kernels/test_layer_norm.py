@@ -102,8 +102,8 @@ def test_takes_nothing(kernel_device):
 
 
 @pytest.mark.parametrize("residual", [True, False])
-def test_is_registered_as_torch_wants_it(residual, kernel_device):
-    x, r, w, b, _, _ = make((5, 48), device=kernel_device)
+def test_is_registered_as_torch_wants_it(residual, bare_kernel_device):
+    x, r, w, b, _, _ = make((5, 48), device=bare_kernel_device)
     arguments = (
         x.requires_grad_(),
         r.requires_grad_() if residual else None,

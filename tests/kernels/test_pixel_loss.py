@@ -256,11 +256,11 @@ def test_kernel_takes_an_empty_batch(kernel_device):
 
 
 @pytest.mark.parametrize("writes", [True, False])
-def test_kernel_is_registered_as_torch_wants_it(writes, kernel_device):
-    pred, clip, masked = kernel_case(torch.float32, kernel_device, batch=1, count=2)
+def test_kernel_is_registered_as_torch_wants_it(writes, bare_kernel_device):
+    pred, clip, masked = kernel_case(torch.float32, bare_kernel_device, batch=1, count=2)
     constants = (CUBE, True, 0.1, IMAGENET_MEAN, IMAGENET_STD, writes)
     torch.library.opcheck(forward_op, (pred, clip, masked, None, None, *constants))
-    torch.library.opcheck(rescale_op, (pred, torch.tensor(3.0, device=kernel_device)))
+    torch.library.opcheck(rescale_op, (pred, torch.tensor(3.0, device=bare_kernel_device)))
 
 
 def test_kernel_works_compiled(kernel_device):

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import videomae
+from kernels.tiles import table_hash
 from tests.videos import moving_frames, write_video
 from train.pretrain import main
 
@@ -86,6 +87,7 @@ def test_leaves_a_checkpoint_metrics_curves_a_picture_and_a_record(videos, tmp_p
     assert record["plan"]["steps"] == 8
     assert record["plan"]["micro_batch"] == 6
     assert record["versions"]["torch"] == torch.__version__
+    assert record["kernel_tiles"] == table_hash()
     assert {"commit", "command", "host", "started", "gpu"} <= set(record)
     assert list((out / "tensorboard").iterdir())
     picture = Image.open(out / "samples/step_0000008.png")

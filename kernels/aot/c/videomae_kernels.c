@@ -144,6 +144,7 @@ vmk_status vmk_layout(const vmk_kernel *kernel, unsigned number, unsigned *offse
 }
 
 static vmk_status constant(const vmk_kernel *kernel, const char *name, int64_t *value) {
+  *value = 0;
   for (unsigned i = 0; i < kernel->num_constants; i++)
     if (strcmp(kernel->constants[i].name, name) == 0) {
       *value = kernel->constants[i].value;

@@ -22,8 +22,7 @@
      if (vmk_sum(gpu, part, 8 * 1408, NULL, &loss) != VMK_OK) puts(vmk_last_error());
      vmk_close(gpu);
 
-   A context may be used by several threads at a time. stream: a CUstream or cudaStream_t; NULL is the default stream.
- */
+   Several threads may use a context at a time. stream: a CUstream or cudaStream_t; NULL is the default stream. */
 
 #ifndef VIDEOMAE_KERNELS_H
 #define VIDEOMAE_KERNELS_H
@@ -62,7 +61,7 @@ typedef struct {
 #define VMK_CURRENT_CONTEXT (-1)
 
 /* Opens the driver and loads the machine code into a GPU: device's primary context, which the CUDA runtime uses too, or
-   the CUDA context that is current in this thread. */
+   the CUDA context that is current in this thread, which must outlive what is opened. */
 vmk_status vmk_open(int device, vmk_context **context);
 void vmk_close(vmk_context *context);
 
@@ -71,10 +70,11 @@ int vmk_device_capability(const vmk_context *context);
 int vmk_code_capability(const vmk_context *context);
 
 /* The embedding's weight with the pixels' normalisation folded in, which vmk_cube_embed needs: it changes with the
-   weight only, so a program with fixed weights folds once. The caller gives the memory, vmk_fold_bytes(D) bytes of the
-   device, who alone knows how long it is needed; nothing else is allocated and nothing waits for the GPU. weight:
-   float32 [D, 3, 2, 16, 16]; bias: float32 [D]. mean, std: of red, green and blue, on pixels scaled to [0, 1], in host
-   memory; both NULL for ImageNet's. vmk_fold_bytes gives 0 for a D that is refused. */
+   weight only, so a program with fixed weights folds once. The memory, vmk_fold_bytes(D) bytes of the device, is the
+   caller's, who alone knows how long it is needed; nothing else is allocated and nothing waits for the GPU.
+
+   weight: float32 [D, 3, 2, 16, 16]; bias: float32 [D]. mean, std: of red, green and blue, on pixels scaled to [0, 1],
+   in host memory; both NULL for ImageNet's. vmk_fold_bytes gives 0 for a D that is refused. */
 size_t vmk_fold_bytes(int64_t D);
 vmk_status vmk_fold(vmk_context *context, const void *weight, const void *bias, int64_t D, const double mean[3],
                     const double std[3], void *folded, void *stream);
@@ -85,9 +85,10 @@ vmk_status vmk_cube_embed(vmk_context *context, const vmk_clips *clips, const vo
                           const void *folded, const void *positions, int64_t D, void *tokens, void *stream);
 
 /* scale times the mean squared error of pred, bfloat16 [B, M, 1536], channel fastest, against the pixels of the cubes
-   that masked, int64 [B, M], names, each cube and channel normalised by its own mean and deviation. part: float32 [B *
-   M], each cube's share: the loss is their sum, see vmk_sum. gradient: of the loss in pred, bfloat16 [B, M, 1536]; NULL
-   if it is not wanted. */
+   that masked, int64 [B, M], names, each cube and channel normalised by its own mean and deviation.
+
+   part: float32, B * M of them, each cube's share: the loss is their sum, which vmk_sum takes.
+   gradient: of the loss in pred, bfloat16 [B, M, 1536]; NULL if it is not wanted. */
 vmk_status vmk_pixel_loss(vmk_context *context, const vmk_clips *clips, const void *pred, const void *masked, int64_t M,
                           double scale, void *gradient, void *part, void *stream);
 
@@ -101,6 +102,7 @@ vmk_status vmk_free(vmk_context *context, void *memory);
 vmk_status vmk_upload(vmk_context *context, void *device, const void *host, size_t bytes);
 vmk_status vmk_download(vmk_context *context, void *host, const void *device, size_t bytes);
 
+/* The table of what the library holds: for each compute capability a kernel in each role. */
 typedef enum { VMK_FOLD, VMK_EMBED_VISIBLE, VMK_EMBED_ALL, VMK_LOSS, VMK_LOSS_GRADIENT, VMK_NUM_ROLES } vmk_role;
 
 typedef struct {

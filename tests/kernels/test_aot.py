@@ -1,0 +1,85 @@
+"""Every specialisation compiles without a GPU, without a spill, with the instructions it was written for."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from kernels.aot.catalogue import ARCHITECTURES
+from kernels.aot.report import RESULTS
+
+# what reads pixels; what multiplies matrices
+PIXELS = ("cube_embed_forward", "cube_embed_backward", "pixel_loss_loss")
+PRODUCTS = ("attention", "cube_embed_forward", "cube_embed_backward")
+CORES = {80: "HMMA", 90: "HGMMA", 100: "tcgen05", 120: "HMMA"}
+
+
+@functools.cache
+def report(*options):
+    """The command's, in a process without the interpreter, which kernels imported here are for."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "kernels.aot.report", "--json", *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    return json.loads(done.stdout)
+
+
+def assert_as_designed(built):
+    for kernel in built:
+        name, core = kernel["name"], CORES[kernel["architecture"]]
+        assert kernel["stack_bytes"] == 0, f"{name} spills"
+        assert kernel["trailing_pointers"] == 2
+        loads = kernel["load_bytes"]
+        if name.startswith(PRODUCTS):
+            assert core in kernel["tensor_cores"], f"{name} does not use {core}"
+        elif not name.startswith("cube_embed"):
+            assert loads[0] == 16, f"{name} loads activations by {loads} bytes"
+            assert loads[-1] >= 4, f"{name} loads by {loads} bytes"
+        if name.startswith(PIXELS):
+            assert loads[-1] >= 4, f"{name} loads pixels by {loads} bytes"
+
+
+def test_one_of_each_kernel_compiles_as_designed_for_sm_90():
+    built = report("--arch", "90", "--size", "vit_base")
+    assert_as_designed(built)
+    kernels = {kernel["name"].split("_bf16")[0] for kernel in built if "fp32" not in kernel["name"]}
+    assert kernels == {
+        *("attention_forward", "attention_whole_backward", "attention_blocked_backward"),
+        *("bias_gelu_forward", "bias_gelu_backward", "cube_embed_fold", "cube_embed_forward", "cube_embed_backward"),
+        *("decoder_input_forward", "decoder_input_backward", "layer_norm_forward", "layer_norm_backward"),
+        *("pixel_loss_loss", "pixel_loss_rescale"),
+    }
+
+
+@pytest.mark.long
+def test_everything_compiles_as_designed_for_every_architecture():
+    built = report()
+    assert {k["architecture"] for k in built} == set(ARCHITECTURES)
+    assert_as_designed(built)
+
+
+@pytest.mark.long
+def test_half_precision_compiles_as_designed():
+    assert_as_designed(report("--dtype", "fp16"))
+
+
+def kept():
+    """Names in the table that is kept; stale otherwise: `python -m kernels.aot.report --write`."""
+    lines = RESULTS.read_text().splitlines()
+    return {line.split("|")[1].strip() for line in lines if line.startswith("| ")} - {"kernel", "---"}
+
+
+def test_the_kept_table_knows_them():
+    assert {kernel["name"] for kernel in report("--arch", "90", "--size", "vit_base")} <= kept()
+
+
+@pytest.mark.long
+def test_the_kept_table_is_of_these():
+    assert {kernel["name"] for kernel in report()} == kept()
+
+
+def test_attention_leaves_room_in_shared_memory():
+    for kernel in report("--arch", "90", "--size", "vit_base"):
+        assert kernel["shared_bytes"] <= 227 * 1024
