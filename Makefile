@@ -10,10 +10,10 @@ demo: $(VENV)/run.stamp  ## render clips, pre-train on them, draw what was learn
 	$(BIN)/python -m train.pretrain
 
 test: $(VENV)/dev.stamp  ## the quick tier, under 3 minutes
-	$(BIN)/python -m pytest -q -m "not long"
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 -m "not long"
 
 test-all: $(VENV)/dev.stamp  ## everything
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest bench/ --benchmark-only

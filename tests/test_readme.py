@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from train.recipes import PRETRAIN
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +35,7 @@ def test_every_recipe_and_command_is_named():
         assert target in targets, target
 
 
+@pytest.mark.long
 def test_its_python_runs():
     code = README.split("```python")[1].split("```")[0]
     # all but the weights, which a reader brings along

@@ -58,6 +58,20 @@ def test_survives_scores_that_overflow_exponentials(kernel_device):
     assert (gradient - truth[1]).abs().max() <= 2e-3 * truth[1].abs().max()
 
 
+@pytest.mark.parametrize("rows", [64, 32], ids=["whole", "blocked"])
+def test_keys_past_the_end_count_nothing_where_every_score_is_very_low(rows, kernel_device):
+    """A zero in place of a key would win by far."""
+    qkv, dout = make((1, 37, 1, 16), torch.float32, kernel_device)
+    qkv[:, :, :2] *= 0.05
+    qkv[:, :, 0] += 20
+    qkv[:, :, 1] -= 20  # scores of about -1600
+    with tiles.trying("attention.backward", {"ROWS": rows, "COLS": 16, "num_warps": 4, "num_stages": 1}):
+        out, gradient = values_and_gradients(attention, (qkv.requires_grad_(),), (dout,))
+    truth = values_and_gradients(attention_ref, (qkv.detach().double().requires_grad_(),), (dout.double(),))
+    torch.testing.assert_close(out.double(), truth[0], atol=1e-3, rtol=0)
+    assert (gradient - truth[1]).abs().max() <= 1e-3 * truth[1].abs().max()
+
+
 def test_agrees_with_torch(kernel_device):
     qkv, _ = make((2, 37, 3, 64), torch.float32, kernel_device)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
