@@ -10,6 +10,7 @@ left are named. Exits with 0 when everything was done, 1 when something failed o
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -55,6 +56,7 @@ OPS = {
 GROUPS = {"tests": ("tests",), "ceilings": ("ceilings",), "ops": tuple(OPS)}
 # of the time there is, what the tests may take
 TESTS_SHARE = 0.4
+TESTS = ("tests/kernels", "tests/videomae/test_model_on_kernels.py")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -85,11 +87,13 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip().splitlines()[0] if done.stdout.strip() else None
 
 
-def run_tests(folder: Path, seconds: float, target: str = "tests/kernels") -> None:
+def run_tests(folder: Path, seconds: float, targets: Sequence[str] = TESTS) -> None:
     """RuntimeError with the last line of pytest's when they are not green in that time; all it said is in tests.log."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tests.log"
-    command = [sys.executable, "-m", "pytest", target, "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *targets, "-q", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist"):  # compiling takes longer than running
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
     with path.open("w") as log:
         try:
             code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=seconds).returncode

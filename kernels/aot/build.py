@@ -15,7 +15,7 @@ from typing import Any
 import triton
 from triton.backends.nvidia.compiler import sm_arch_from_capability
 
-from kernels.aot.catalogue import specialisations
+from kernels.aot.catalogue import arch_option, specialisations
 from kernels.aot.specialise import Built, build
 from kernels.tiles import table_hash
 
@@ -74,7 +74,7 @@ def write(folder: Path, made: dict[str, Any], built: list[Built]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, required=True, help="a compute capability: 80 90 100 120")
+    parser.add_argument("--arch", type=arch_option, required=True, help="a compute capability: 80 90 100 120")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write to; made where missing")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:

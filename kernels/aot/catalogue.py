@@ -4,6 +4,7 @@ A specialisation is a kernel with its argument types and compile-time constants.
 listed here and nowhere else; the tiles come from `kernels.tiles`, as in training.
 """
 
+from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -37,6 +38,13 @@ VISIBLE = (160, 80, 392)
 NUM_CUBES = 1568
 # multiprocessors of the A100, H200, B200 and RTX 5090: they set how many programs share a sum
 PROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
+
+
+def arch_option(text: str) -> int:
+    """A compute capability on a command line; refused below 8.0, which has no bfloat16."""
+    if not text.isdecimal() or int(text) < 80:
+        raise ArgumentTypeError(f"the kernels need compute capability 8.0 or later, written 80; got {text!r}")
+    return int(text)
 
 
 def _empty(*shape: int, dtype: torch.dtype) -> Tensor:

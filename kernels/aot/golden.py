@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.aot.catalogue import CUBE, target_for
+from kernels.aot.catalogue import CUBE, arch_option, target_for
 from kernels.aot.specialise import TYPES, specialise
 from kernels.cube_embed import _forward as cube_embed_forward
 from kernels.cube_embed import cube_embed_ref
@@ -114,7 +114,9 @@ def packed(records: Records) -> bytes:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the file to write")
-    parser.add_argument("--arch", type=int, nargs="+", required=True, help="compute capabilities: 80 90 100 120")
+    parser.add_argument(
+        "--arch", type=arch_option, nargs="+", required=True, help="compute capabilities: 80 90 100 120"
+    )
     arguments = parser.parse_args()
     given = inputs()
     sizes = torch.tensor([B, T, H, W, D, V, M, N, K])

