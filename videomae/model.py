@@ -287,7 +287,6 @@ class VideoMAE(nn.Module):
         sequence = kernels.decoder_input(visible, self.mask_token.flatten(), positions, mask.visible, mask.masked)
         return self.decoder(sequence, mask.masked.shape[1])
 
-
     def _positions_as(self, x: Tensor) -> Tensor:
         """The decoder's positions in x's dtype (RECIPES A.2), cast once: a row is read for every token, from the cache,
         whose bandwidth float32 would exceed."""
