@@ -303,4 +303,5 @@ def attention(qkv: Tensor) -> Tensor:
     if not runs_triton(qkv):
         return attention_ref(qkv)
     check_kernel_dtypes(qkv=qkv)
+    check(qkv[:1].numel() < 2**31, f"a clip must have fewer than 2^31 values; got {tuple(qkv.shape[1:])}")
     return forward_op(qkv)[0]

@@ -199,8 +199,8 @@ def _unfold_kernel(
         tl.store(dbias + row, bias_total)
 
 
-def _fold_values(frames: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """s and o of every channel, float32 [2C]; 1 and 0 for float frames."""
+def fold_values(frames: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """s and o of every channel, float32 [2C] on the device of frames; 1 and 0 for float frames."""
     if frames.dtype != torch.uint8:
         mean, std = [128 / 255] * len(mean), [64 / 255] * len(std)
     scales, shifts = (64 / (255 * s) for s in std), ((128 - 255 * m) / 64 for m in mean)
@@ -214,7 +214,8 @@ def _splits(rows: int, values: int, tiles: int, block: int, dtype: torch.dtype, 
     memory than the tokens.
     """
     processors = target_of(device).processors
-    limit = max(1, min(rows * dtype.itemsize // (4 * values), rows // (4 * block)))
+    most = triton.cdiv(8 * processors, tiles)  # more parts than that even nothing out
+    limit = max(1, min(rows * dtype.itemsize // (4 * values), rows // (4 * block), most))
     return max(range(1, limit + 1), key=lambda n: (n * tiles / triton.cdiv(n * tiles, processors), -n))
 
 
@@ -232,17 +233,17 @@ def _forward(
     bias: Tensor,
     positions: Tensor,
     index: Tensor | None,
-    mean: Sequence[float],
-    std: Sequence[float],
+    values: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
+    """Tokens in dtype; values as `fold_values` gives them."""
     D, C, *cube = weight.shape
     P, V = prod(cube), len(positions) if index is None else index.shape[1]
     folded = torch.empty(D, P * C, dtype=dtype, device=frames.device)
     offset = torch.empty(D, dtype=torch.float32, device=frames.device)
     out = torch.empty(len(frames), V, D, dtype=dtype, device=frames.device)
     block = min(256, triton.next_power_of_2(P))
-    launch(_fold_kernel, (D,), weight, bias, _fold_values(frames, mean, std), folded, offset, C=C, P=P, BLOCK=block)
+    launch(_fold_kernel, (D,), weight, bias, values, folded, offset, C=C, P=P, BLOCK=block)
     sizes, constants = _geometry(frames, cube, len(frames) * V)
     t = tile("cube_embed.forward", _forward_tile, frames.device, dtype, D=D, K=P * C)
     grid = (triton.cdiv(sizes[0], t["ROWS"]) * triton.cdiv(D, t["COLS"]),)
@@ -255,9 +256,8 @@ def _backward(
     dy: Tensor,
     frames: Tensor,
     index: Tensor | None,
+    values: Tensor,
     cube: Sequence[int],
-    mean: Sequence[float],
-    std: Sequence[float],
     dtype: torch.dtype,
     bias_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
@@ -285,34 +285,32 @@ def _backward(
     )
     dweight = torch.empty(D, C, *cube, dtype=dtype, device=dy.device)
     dbias = torch.empty(D, dtype=bias_dtype, device=dy.device)
-    values, block = _fold_values(frames, mean, std), min(512, triton.next_power_of_2(P * C))
+    block = min(512, triton.next_power_of_2(P * C))
     grid = (D, triton.cdiv(P * C, block))
     launch(_unfold_kernel, grid, part, bias_part, values, dweight, dbias, splits, D, C=C, P=P, BLOCK=block)
     return dweight, dbias
 
 
 def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    frames, weight, bias, _, index, mean, std, _ = inputs
-    ctx.cube, ctx.mean, ctx.std = tuple(weight.shape[2:]), mean, std  # type: ignore[attr-defined]
-    ctx.dtypes = (weight.dtype, bias.dtype)  # type: ignore[attr-defined]
-    ctx.save_for_backward(frames, index)
+    frames, weight, bias, _, index, values, _ = inputs
+    ctx.constants = (tuple(weight.shape[2:]), weight.dtype, bias.dtype)  # type: ignore[attr-defined]
+    ctx.save_for_backward(frames, index, values)
 
 
 def _autograd(ctx: FunctionCtx, dy: Tensor) -> tuple:
-    frames, index = ctx.saved_tensors  # type: ignore[attr-defined]
-    constants = (ctx.cube, ctx.mean, ctx.std, *ctx.dtypes)  # type: ignore[attr-defined]
-    return None, *backward_op(dy.contiguous(), frames, index, *constants), *[None] * 5
+    saved, constants = ctx.saved_tensors, ctx.constants  # type: ignore[attr-defined]
+    return None, *backward_op(dy.contiguous(), *saved, *constants), *[None] * 4
 
 
 forward_op = torch.library.custom_op("videomae::cube_embed", _forward, mutates_args=())
 backward_op = torch.library.custom_op("videomae::cube_embed_backward", _backward, mutates_args=())
 forward_op.register_fake(
-    lambda frames, weight, bias, positions, index, mean, std, dtype: frames.new_empty(
+    lambda frames, weight, bias, positions, index, values, dtype: frames.new_empty(
         frames.shape[0], len(positions) if index is None else index.shape[1], weight.shape[0], dtype=dtype
     )
 )
 backward_op.register_fake(
-    lambda dy, frames, index, cube, mean, std, dtype, bias_dtype: (
+    lambda dy, frames, index, values, cube, dtype, bias_dtype: (
         dy.new_empty(dy.shape[2], frames.shape[4], *cube, dtype=dtype),
         dy.new_empty(dy.shape[2], dtype=bias_dtype),
     )
@@ -349,7 +347,7 @@ def cube_embed(
     fixed = not frames.requires_grad and not positions.requires_grad
     check(fixed, "frames and positions are fixed: a gradient for them is not computed")
     if index is not None:
-        check_index(index, "index", len(frames), frames)
+        check_index(index, "index", frames)
     check_contiguous(weight=weight, bias=bias, positions=positions)
     check_same_device(frames=frames, weight=weight, bias=bias, positions=positions)
     if not runs_triton(frames):
@@ -362,4 +360,4 @@ def cube_embed(
     check(small, "positions, weight and cubes must number fewer than 2^31 each: their offsets are 32 bits wide")
     device = frames.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return forward_op(frames, weight, bias, positions, index, mean, std, dtype)
+    return forward_op(frames, weight, bias, positions, index, fold_values(frames, mean, std), dtype)

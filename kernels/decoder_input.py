@@ -83,13 +83,13 @@ def _forward_kernel(
     cols = tl.arange(0, BLOCK)
     if is_visible:
         inside = (rows < V)[:, None] & (cols < E)[None, :]
-        cube = tl.load(visible_index + clip * V + rows, mask=rows < V, other=0)
+        cube = tl.load(visible_index + clip * V + rows, mask=rows < V, other=0).to(tl.int64)
         at = rows[:, None] * E + cols[None, :]
         value = tl.load(visible + clip * V * E + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(out + clip * (V + M) * E + at, value + _position(positions, cube, inside, cols, N, E), mask=inside)
     else:
         inside = (rows < M)[:, None] & (cols < E)[None, :]
-        cube = tl.load(masked_index + clip * M + rows, mask=rows < M, other=0)
+        cube = tl.load(masked_index + clip * M + rows, mask=rows < M, other=0).to(tl.int64)
         token = tl.load(mask_token + cols, mask=cols < E, other=0.0).to(tl.float32)[None, :]
         at = rows[:, None] * E + cols[None, :]
         value = token + _position(positions, cube, inside, cols, N, E)
@@ -178,18 +178,18 @@ def decoder_input(
     Raises ValueError when shapes, dtypes, devices or strides do not fit together.
     """
     check(visible.ndim == 3, f"visible must be [B, V, E]; got shape {tuple(visible.shape)}")
-    batch, num_visible, width = visible.shape
+    _, num_visible, width = visible.shape
     check(mask_token.shape == (width,), f"mask_token must be ({width},); got {tuple(mask_token.shape)}")
     check(
         positions.ndim == 2 and positions.shape[1] == width,
         f"positions must be [N, {width}]; got {tuple(positions.shape)}",
     )
     check(not positions.requires_grad, "positions are fixed: a gradient for them is not computed")
-    check_index(visible_index, "visible_index", batch, visible)
-    check_index(masked_index, "masked_index", batch, visible)
+    check_index(visible_index, "visible_index", visible)
+    check_index(masked_index, "masked_index", visible)
     check(
         visible_index.shape[1] == num_visible,
-        f"visible_index must be {(batch, num_visible)}; got {tuple(visible_index.shape)}",
+        f"visible_index must be {tuple(visible.shape[:2])}; got {tuple(visible_index.shape)}",
     )
     check_contiguous(visible=visible, mask_token=mask_token, positions=positions)
     check_same_device(visible=visible, mask_token=mask_token, positions=positions)

@@ -63,15 +63,19 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies float32: as `torch.set_float32_matmul_precision` says; other types have one way."""
-    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if exact else "tf32"
+    """How `tl.dot` multiplies float32: as torch is told to, by either of its settings; other types have one way."""
+    # torch.get_float32_matmul_precision raises once the newer setting was used
+    fast = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if fast else "ieee"
 
 
 @lru_cache(maxsize=64)
 def channel_values(values: tuple[float, ...], repeats: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A value for each channel, repeated, as a tensor. Remembered: making one from a list waits for a GPU."""
-    return torch.tensor(values, dtype=dtype, device=device).repeat(repeats)
+    """A value for each channel, repeated, as a tensor. Remembered: making one from a list waits for a GPU.
+
+    Not for use inside a registered op: under CUDA graphs of torch.compile, what an op makes must not outlive it.
+    """
+    return torch.tensor(values * repeats, dtype=dtype, device=device)
 
 
 def check(condition: bool, message: str) -> None:
@@ -118,11 +122,12 @@ def check_frames(frames: Tensor, cube: tuple[int, int, int]) -> tuple[int, int, 
     return sizes[0] // cube[0], sizes[1] // cube[1], sizes[2] // cube[2]
 
 
-def check_index(index: Tensor, name: str, batch: int, frames: Tensor) -> None:
-    """ValueError unless index is a contiguous integer [batch, K] on the device of frames."""
+def check_index(index: Tensor, name: str, frames: Tensor) -> None:
+    """ValueError unless index is a contiguous integer [B, K] on the device of frames [B, ...]."""
+    # shapes in messages stand as tuples: a bare size would make torch.compile compile anew for every batch
     check(
-        index.ndim == 2 and index.shape[0] == batch,
-        f"{name} must be [{batch}, K], one row per clip; got shape {tuple(index.shape)}",
+        index.ndim == 2 and index.shape[0] == frames.shape[0],
+        f"{name} must have one row per clip, {tuple(frames.shape[:1])}; got shape {tuple(index.shape)}",
     )
     check(
         not index.dtype.is_floating_point and index.dtype != torch.bool,

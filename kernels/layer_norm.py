@@ -48,7 +48,7 @@ def _forward_kernel(x, residual, weight, bias, s, y, means, rstds, R, D, eps, RO
         value = added.to(s.dtype.element_ty)
         tl.store(s + at, value, mask=inside)
     value = value.to(tl.float32)
-    mean = tl.sum(value, axis=1) / D
+    mean = tl.div_rn(tl.sum(value, axis=1), D * 1.0)  # rounded right: a constant row is 0 from its mean
     centred = tl.where(inside, value - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=1) / D + eps)
     w = tl.load(weight + cols, mask=cols < D, other=0.0).to(tl.float32)
@@ -132,12 +132,15 @@ def _setup(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
     ctx.bias_dtype = bias.dtype  # type: ignore[attr-defined]
     ctx.save_for_backward(x if residual is None else s, weight, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: FunctionCtx, dy: Tensor, ds: Tensor, *_: None) -> tuple:
-    s, weight, mean, rstd = ctx.saved_tensors  # type: ignore[attr-defined]
+def _autograd(ctx: FunctionCtx, dy: Tensor | None, ds: Tensor | None, *_: None) -> tuple:
     summed = ctx.summed  # type: ignore[attr-defined]
-    dx, sums = backward_op(dy.contiguous(), ds.contiguous() if summed else None, s, weight, mean, rstd)
+    if dy is None:  # the norm was not used, the sum was
+        return ds, ds, None, None, None
+    saved = ctx.saved_tensors  # type: ignore[attr-defined]
+    dx, sums = backward_op(dy.contiguous(), ds.contiguous() if summed and ds is not None else None, *saved)
     return dx, dx if summed else None, sums[0], sums[1].to(ctx.bias_dtype), None  # type: ignore[attr-defined]
 
 
@@ -159,7 +162,7 @@ def layer_norm(
     Raises ValueError when shapes, dtypes, devices or strides do not fit.
     """
     width = tuple(x.shape[-1:])
-    check(x.ndim > 0, "x must be [..., D]; got a scalar")
+    check(x.ndim > 0 and x.shape[-1] > 0, f"x must be [..., D], D at least 1; got shape {tuple(x.shape)}")
     check(tuple(weight.shape) == width, f"weight must be {width}, x's last axis; got {tuple(weight.shape)}")
     check(tuple(bias.shape) == width, f"bias must be {width}, x's last axis; got {tuple(bias.shape)}")
     if residual is not None:

@@ -222,12 +222,12 @@ def _loss_kernel(
     tl.store(part + row, tl.where(share == 0.0, 0.0, tl.sum(error, axis=0) * share))
 
 
-@triton.jit(do_not_specialize=["PROGRAMS"])
-def _rescale_kernel(grad, upstream, SIZE, PROGRAMS, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["BLOCKS", "PROGRAMS"])
+def _rescale_kernel(grad, upstream, SIZE, BLOCKS, PROGRAMS, BLOCK: tl.constexpr):
     """grad *= upstream, in place; nothing is read or written where upstream is 1."""
     factor = tl.load(upstream).to(tl.float32)
     if factor != 1.0:
-        for block in range(tl.program_id(0), tl.cdiv(SIZE, BLOCK), PROGRAMS):
+        for block in range(tl.program_id(0), BLOCKS, PROGRAMS):
             at = tl.full((), BLOCK, tl.int64) * block + tl.arange(0, BLOCK)
             value = tl.load(grad + at, mask=at < SIZE, other=0.0).to(tl.float32)
             tl.store(grad + at, value * factor, mask=at < SIZE)
@@ -239,11 +239,10 @@ def _forward(
     masked: Tensor,
     factor: Tensor | None,
     scale: Tensor | None,
+    values: Tensor | None,
     cube: Sequence[int],
     normalize: bool,
-    constant: float,
-    mean: Sequence[float],
-    std: Sequence[float],
+    number: float,
     write_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """The loss, and its gradient in pred, empty unless asked for. A clip counts constant * factor[clip] * scale."""
@@ -251,8 +250,7 @@ def _forward(
     grid = (T // dt, H // dy, W // dx)
     part = torch.empty(B * M, dtype=torch.float32, device=pred.device)
     grad = torch.empty_like(pred) if write_gradient else pred.new_empty(0)
-    # uint8 pixels need no constants
-    values = None if frames.dtype == torch.uint8 else channel_values((*std, *mean), 1, torch.float32, pred.device)
+    constant = number * (1 if factor is None else B) / max(1, pred.numel())
     constants = {"C": C, "DT": dt, "DY": dy, "DX": dx, "NORMALIZE": normalize, "EPS": EPS, "VECTOR": VECTOR}
     constants |= {"ALIGN": gcd(VECTOR, dx * C, W * C), "GROUPS": triton.next_power_of_2(triton.cdiv(K, VECTOR * C))}
     tensors = (pred, frames, masked, factor, scale, values, grad if write_gradient else None, part)
@@ -270,19 +268,25 @@ def _forward(
 
 def _rescale(grad: Tensor, upstream: Tensor) -> None:
     t = dict(tile("pixel_loss.rescale", _rescale_tile, grad.device, grad.dtype))
-    programs = min(t.pop("PROGRAMS"), triton.cdiv(grad.numel(), t["BLOCK"]))
-    launch(_rescale_kernel, (programs,), grad, upstream, grad.numel(), programs, **t)
+    blocks = triton.cdiv(grad.numel(), t["BLOCK"])
+    programs = min(t.pop("PROGRAMS"), blocks)
+    launch(_rescale_kernel, (programs,), grad, upstream, grad.numel(), blocks, programs, **t)
 
 
 forward_op = torch.library.custom_op("videomae::pixel_loss", _forward, mutates_args=())
 rescale_op = torch.library.custom_op("videomae::pixel_loss_rescale", _rescale, mutates_args=("grad",))
 forward_op.register_fake(
-    lambda pred, frames, masked, factor, scale, cube, normalize, constant, mean, std, write_gradient: (
+    lambda pred, frames, masked, factor, scale, values, cube, normalize, number, write_gradient: (
         pred.new_empty((), dtype=torch.float32),
         torch.empty_like(pred) if write_gradient else pred.new_empty(0),
     )
 )
 rescale_op.register_fake(lambda grad, upstream: None)
+
+
+def _version(x: Tensor) -> int:
+    """How often x was written to; torch.compile has no such count, and runs a backward pass once."""
+    return 0 if torch.compiler.is_compiling() else x._version
 
 
 class _Loss(torch.autograd.Function):
@@ -293,15 +297,19 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: FunctionCtx, pred: Tensor, *arguments: object) -> Tensor:
         loss, grad = forward_op(pred, *arguments, True)
         ctx.save_for_backward(grad)
+        ctx.version = _version(grad)  # type: ignore[attr-defined]
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple:
         (grad,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        # the gradient itself is handed out, not a copy: a second backward through one graph is therefore refused
+        # the gradient itself is handed out, not a copy: a second backward through one graph is therefore refused, here
+        # where saved-tensor hooks hide it from autograd
+        if _version(grad) != ctx.version:  # type: ignore[attr-defined]
+            raise RuntimeError("pixel_loss hands out its gradient once: it was modified by an inplace operation since")
         rescale_op(grad, upstream)
-        return grad, *[None] * 9
+        return grad, *[None] * 8
 
 
 def pixel_loss(
@@ -327,7 +335,7 @@ def pixel_loss(
     Raises ValueError when shapes and devices do not fit together, or a cube has a single pixel to normalise.
     """
     check_frames(frames, cube)
-    check_index(masked, "masked", len(frames), frames)
+    check_index(masked, "masked", frames)
     pixels = cube[0] * cube[1] * cube[2]
     check(pixels > 1 or not normalize, "a cube of one pixel has no variance: use normalize=False")
     wanted = (*masked.shape, pixels * frames.shape[-1])
@@ -335,12 +343,16 @@ def pixel_loss(
     check(pred.dtype.is_floating_point, f"pred must be floating point; got {pred.dtype}")
     check(pred.device == frames.device, f"pred is on {pred.device}, the frames on {frames.device}")
     if weight is not None:
-        check(tuple(weight.shape) == (len(frames),), f"weight must be ({len(frames)},); got {tuple(weight.shape)}")
+        wanted = tuple(frames.shape[:1])
+        check(tuple(weight.shape) == wanted, f"weight must be {wanted}; got {tuple(weight.shape)}")
+        check(not weight.requires_grad, "weight is fixed: a gradient for it is not computed")
     channels = frames.shape[-1]
     check(len(mean) == len(std) == channels, f"mean and std must have {channels} channels; got {mean} and {std}")
     number, tensor = (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
     if tensor is not None:
         check(tensor.numel() == 1, f"scale must be one number; got shape {tuple(tensor.shape)}")
+        check(not tensor.requires_grad, "scale is fixed: a gradient for it is not computed")
+        scale = tensor = tensor.reshape(())
     check_contiguous(pred=pred, weight=weight)
     check_same_device(frames=frames, weight=weight, scale=tensor)
     if not runs_triton(pred):
@@ -348,11 +360,12 @@ def pixel_loss(
     check_kernel_dtypes(pred=pred, frames=None if frames.dtype == torch.uint8 else frames)
     # sums of squares of more pixels would not fit 32 bits
     check(pixels <= 32768, f"a cube must have at most 32768 pixels to run the kernel; got {tuple(cube)}")
-    factor, constant = None, number / max(1, pred.numel())
+    factor = values = None
     if weight is not None:
         factor = weight.float() / weight.float().sum().clamp_min(torch.finfo(torch.float32).tiny)
-        constant *= len(pred)
-    arguments = (pred, frames, masked, factor, tensor, cube, normalize, constant, mean, std)
+    if frames.dtype != torch.uint8:
+        values = channel_values((*std, *mean), 1, torch.float32, pred.device)
+    arguments = (pred, frames, masked, factor, tensor, values, cube, normalize, number)
     if torch.is_grad_enabled() and pred.requires_grad:
         return _Loss.apply(*arguments)
     return forward_op(*arguments, False)[0]

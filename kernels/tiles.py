@@ -32,7 +32,7 @@ class Target:
     @property
     def shared_bytes(self) -> int:
         """Shared memory one program can have."""
-        return {80: 163, 90: 227, 100: 227, 103: 227}.get(self.capability, 99) * 1024
+        return {75: 64, 80: 163, 90: 227, 100: 227, 103: 227}.get(self.capability, 99) * 1024
 
 
 # the interpreter knows no GPU: it runs what a Hopper GPU would

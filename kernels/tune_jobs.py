@@ -24,6 +24,7 @@ from kernels.cube_embed import _backward as cube_embed_backward
 from kernels.cube_embed import _backward_tile as cube_embed_backward_tile
 from kernels.cube_embed import _forward as cube_embed_forward
 from kernels.cube_embed import _forward_tile as cube_embed_forward_tile
+from kernels.cube_embed import fold_values
 from kernels.decoder_input import _backward as decoder_input_backward
 from kernels.decoder_input import _backward_tile as decoder_input_backward_tile
 from kernels.decoder_input import _forward as decoder_input_forward
@@ -130,20 +131,21 @@ def _pixel_jobs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Itera
     Weights are float32, as in training under autocast.
     """
     B, V, M, D, E = shape.clips, shape.num_visible, shape.num_masked, shape.width, shape.decoder_width
-    K, item, norm, wide = shape.cube_values, dtype.itemsize, (IMAGENET_MEAN, IMAGENET_STD), torch.float32
+    K, item, wide = shape.cube_values, dtype.itemsize, torch.float32
+    values = fold_values(_frames(shape, device, 0), IMAGENET_MEAN, IMAGENET_STD)
 
     def embed(seed: int) -> tuple:
         weight = _random((D, CHANNELS, *CUBE), wide, device, seed) * 0.03
         positions = sinusoid_positions(shape.num_cubes, D).to(device)
         index = shape.mask(seed, device).visible
-        return _frames(shape, device, seed), weight, _random((D,), wide, device, seed), positions, index, *norm, dtype
+        return _frames(shape, device, seed), weight, _random((D,), wide, device, seed), positions, index, values, dtype
 
     def embed_backward(seed: int) -> tuple:
         dy = _random((B, V, D), dtype, device, seed)
-        return dy, _frames(shape, device, seed), shape.mask(seed, device).visible, CUBE, *norm, wide, wide
+        return dy, _frames(shape, device, seed), shape.mask(seed, device).visible, values, CUBE, wide, wide
 
     def sequence(seed: int) -> tuple:
-        mask, positions = shape.mask(seed, device), sinusoid_positions(shape.num_cubes, E).to(device)
+        mask, positions = shape.mask(seed, device), sinusoid_positions(shape.num_cubes, E).to(device, dtype)
         visible = _random((B, V, E), dtype, device, seed)
         return visible, _random((E,), wide, device, seed), positions, mask.visible, mask.masked
 
@@ -152,7 +154,7 @@ def _pixel_jobs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Itera
 
     def loss(seed: int) -> tuple:
         pred = _random((B, M, K), dtype, device, seed)
-        constants = (None, None, CUBE, True, 1 / pred.numel(), *norm, True)
+        constants = (None, None, None, CUBE, True, 1.0, True)
         return pred, _frames(shape, device, seed), shape.mask(seed, device).masked, *constants
 
     pixels = B * V * K

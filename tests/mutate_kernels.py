@@ -50,7 +50,7 @@ MUTATIONS = {
         ("(rows < R)[:, None] &", "(rows <= R)[:, None] &"),
         ("& (cols < D)[None, :]", "& (cols <= D)[None, :]"),
         ("value = added.to(s.dtype.element_ty)", "value = value"),
-        ("mean = tl.sum(value, axis=1) / D", "mean = tl.sum(value, axis=1) / BLOCK"),
+        ("tl.sum(value, axis=1), D * 1.0)", "tl.sum(value, axis=1), BLOCK * 1.0)"),
         ("tl.where(inside, value - mean[:, None], 0.0)", "value - mean[:, None]"),
         ("/ D + eps)", "/ D + eps * 1000)"),
         ("* w[None, :] + b[None, :]", "* w[None, :] - b[None, :]"),
@@ -124,7 +124,7 @@ MUTATIONS = {
     "pixel_loss._rescale_kernel": [
         ("if factor != 1.0:", "if factor == 1.0:"),
         ("range(tl.program_id(0),", "range(tl.program_id(0) + 1,"),
-        ("tl.cdiv(SIZE, BLOCK), PROGRAMS)", "tl.cdiv(SIZE, BLOCK) - 1, PROGRAMS)"),
+        ("BLOCKS, PROGRAMS):\n        ", "BLOCKS - 1, PROGRAMS):\n        "),
         ("value * factor", "value * factor * factor"),
         ("value * factor, mask=at < SIZE", "value * factor, mask=at <= SIZE"),
         ("* block + tl.arange", "+ tl.arange"),

@@ -266,7 +266,6 @@ class VideoMAE(nn.Module):
         self.decoder = Decoder(size, decoder_depth, input.cube_values)
         positions = sinusoid_positions(input.num_cubes, size.decoder_width)
         self.register_buffer("decoder_positions", positions, persistent=False)
-        self._cast_positions = positions
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def forward(self, frames: Tensor, mask: Mask) -> Tensor:
@@ -283,16 +282,10 @@ class VideoMAE(nn.Module):
             f"the mask is for {mask.num_cubes} cubes, the model has {self.input.num_cubes}: {self.input.grid}",
         )
         visible = self.encoder_to_decoder(self.encoder(frames, mask.visible))
-        positions = self._positions_as(visible)
+        # in the activations' dtype (RECIPES A.2): a row is read for every token, at a rate that float32 would halve
+        positions = self.decoder_positions.to(visible.dtype)
         sequence = kernels.decoder_input(visible, self.mask_token.flatten(), positions, mask.visible, mask.masked)
         return self.decoder(sequence, mask.masked.shape[1])
-
-    def _positions_as(self, x: Tensor) -> Tensor:
-        """The decoder's positions in x's dtype (RECIPES A.2), cast once: a row is read for every token, from the cache,
-        whose bandwidth float32 would exceed."""
-        if self._cast_positions.dtype != x.dtype or self._cast_positions.device != x.device:
-            self._cast_positions = self.decoder_positions.to(x.dtype)
-        return self._cast_positions
 
 
 def _init_linear_xavier(module: nn.Module) -> None:

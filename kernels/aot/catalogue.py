@@ -18,6 +18,7 @@ from kernels.bias_gelu import _backward as bias_gelu_backward
 from kernels.bias_gelu import _forward as bias_gelu_forward
 from kernels.cube_embed import _backward as cube_embed_backward
 from kernels.cube_embed import _forward as cube_embed_forward
+from kernels.cube_embed import fold_values
 from kernels.decoder_input import _backward as decoder_input_backward
 from kernels.decoder_input import _forward as decoder_input_forward
 from kernels.launch import IMAGENET_MEAN, IMAGENET_STD, Launch, recording
@@ -58,19 +59,19 @@ def _pixel_ops(size: Size, visible: int, dtype: torch.dtype) -> None:
     frames = _empty(BATCH, 16, 224, 224, 3, dtype=torch.uint8)
     seen, hidden = (_empty(BATCH, n, dtype=torch.int64) for n in (visible, masked))
     weight, bias = _empty(D, 3, *CUBE, dtype=wide), _empty(D, dtype=wide)
+    values = fold_values(frames, IMAGENET_MEAN, IMAGENET_STD)
     for index in (seen, None):
-        arguments = (frames, weight, bias, _empty(NUM_CUBES, D, dtype=wide), index, IMAGENET_MEAN, IMAGENET_STD)
+        arguments = (frames, weight, bias, _empty(NUM_CUBES, D, dtype=wide), index, values)
         tokens = cube_embed_forward(*arguments, dtype)
-        cube_embed_backward(tokens, frames, index, CUBE, IMAGENET_MEAN, IMAGENET_STD, wide, wide)
-    positions = _empty(NUM_CUBES, E, dtype=wide)
+        cube_embed_backward(tokens, frames, index, values, CUBE, wide, wide)
+    positions = _empty(NUM_CUBES, E, dtype=dtype)  # the model casts them
     sequence = decoder_input_forward(
         _empty(BATCH, visible, E, dtype=dtype), _empty(E, dtype=wide), positions, seen, hidden
     )
     decoder_input_backward(sequence, visible, wide)
     pred = _empty(BATCH, masked, 1536, dtype=dtype)
     for factor, writes in ((None, True), (_empty(BATCH, dtype=wide), True), (None, False)):
-        constants = (None, CUBE, True, 1e-9, IMAGENET_MEAN, IMAGENET_STD, writes)
-        pixel_loss_forward(pred, frames, hidden, factor, *constants)
+        pixel_loss_forward(pred, frames, hidden, factor, None, None, CUBE, True, 1.0, writes)
     pixel_loss_rescale(pred, _empty(1, dtype=wide))
 
 

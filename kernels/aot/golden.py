@@ -17,7 +17,7 @@ from torch import Tensor
 from kernels.aot.catalogue import CUBE, arch_option, target_for
 from kernels.aot.specialise import TYPES, specialise
 from kernels.cube_embed import _forward as cube_embed_forward
-from kernels.cube_embed import cube_embed_ref
+from kernels.cube_embed import cube_embed_ref, fold_values
 from kernels.launch import IMAGENET_MEAN, IMAGENET_STD, Launch, recording
 from kernels.pixel_loss import _forward as pixel_loss_forward
 from kernels.pixel_loss import pixel_loss_ref
@@ -86,10 +86,9 @@ def launches(given: dict[str, Tensor], architecture: int) -> str:
     with assuming(target_for(architecture)), recording() as found:
         for index in (given["index"], None):
             tensors = (given["frames"], given["weight"], given["bias"], given["positions"], index)
-            cube_embed_forward(*tensors, IMAGENET_MEAN, IMAGENET_STD, torch.bfloat16)
+            cube_embed_forward(*tensors, fold_values(given["frames"], IMAGENET_MEAN, IMAGENET_STD), torch.bfloat16)
         for writes in (False, True):
-            constant = 1.0 / given["pred"].numel() * SCALE
-            options = (None, None, CUBE, True, constant, IMAGENET_MEAN, IMAGENET_STD, writes)
+            options = (None, None, None, CUBE, True, SCALE, writes)
             pixel_loss_forward(given["pred"], given["frames"], given["masked"], *options)
     return "".join(_line(launch) + "\n" for launch in found)
 

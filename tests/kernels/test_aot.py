@@ -91,3 +91,24 @@ def test_it_refuses_an_architecture_without_bfloat16():
         with pytest.raises(ArgumentTypeError, match=f"8.0 or later, written 80; got '{given}'"):
             arch_option(given)
     assert arch_option("86") == 86
+
+
+MIXED = """
+import torch
+from kernels.aot.specialise import build, specialise
+from kernels.decoder_input import _forward
+from kernels.launch import recording
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+with recording() as found:
+    _forward(empty(2, 5, 64), empty(64), empty(12, 64), empty(2, 5, dtype=torch.int64), empty(2, 7, dtype=torch.int32))
+print(build(specialise(found[0]), 90).stack_bytes)
+"""
+
+
+@pytest.mark.long
+def test_indices_of_two_integer_types_compile_together():
+    """The interpreter takes branches that give values of different types; the compiler does not."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", MIXED], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "0", done.stderr[-2000:]

@@ -83,10 +83,11 @@ def test_works_captured(kernel_device):
     [
         (torch.zeros(2, 8), torch.zeros(7), "x's last axis"),
         (torch.zeros(8, 2).t(), torch.zeros(8), "contiguous; got shape .2, 8. with strides"),
-        (torch.tensor(1.0), torch.zeros(1), "scalar"),
+        (torch.tensor(1.0), torch.zeros(1), "D at least 1; got shape"),
+        (torch.zeros(2, 0), torch.zeros(0), "D at least 1; got shape"),
         (torch.zeros(2, 8), torch.zeros(8, device="meta"), "b is on meta, x on cpu"),
     ],
-    ids=["bias length", "transposed x", "scalar", "device"],
+    ids=["bias length", "transposed x", "scalar", "no column", "device"],
 )
 def test_refuses(x, b, says):
     with pytest.raises(ValueError, match=says):

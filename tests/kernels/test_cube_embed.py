@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import cube_embed, tiles
-from kernels.cube_embed import _splits, cube_embed_ref, forward_op
+from kernels.cube_embed import _splits, cube_embed_ref, fold_values, forward_op
 from kernels.launch import IMAGENET_MEAN, IMAGENET_STD
 from tests.kernels.harness import DTYPES, assert_matches, assert_works_captured, assert_works_compiled, sweep
 from videomae import masking
@@ -191,7 +191,7 @@ def test_kernel_takes_an_empty_batch(kernel_device):
 def test_kernel_is_registered_as_torch_wants_it(indexed, bare_kernel_device):
     clip, (weight, bias), positions, index, _ = kernel_case(torch.float32, bare_kernel_device, width_out=16)
     leaves = (weight.requires_grad_(), bias.requires_grad_())
-    constants = (IMAGENET_MEAN, IMAGENET_STD, torch.float32)
+    constants = (fold_values(clip, IMAGENET_MEAN, IMAGENET_STD), torch.float32)
     torch.library.opcheck(forward_op, (clip, *leaves, positions, index if indexed else None, *constants))
 
 

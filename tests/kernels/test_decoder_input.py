@@ -75,7 +75,7 @@ def test_kernel_sums_the_token_gradient_over_every_block(kernel_device):
 def test_kernel_keeps_each_dtype_and_takes_int32(kernel_device):
     (visible, token), positions, seen, hidden, dout = kernel_case(2, 5, 7, 16, torch.float16, kernel_device)
     visible, token = visible.requires_grad_(), token.float().requires_grad_()
-    out = decoder_input(visible, token, positions, seen.int(), hidden.int())
+    out = decoder_input(visible, token, positions, seen.int(), hidden.to(torch.int16))
     gradients = torch.autograd.grad(out, (visible, token), dout)
     assert [x.dtype for x in (out, *gradients)] == [torch.float16, torch.float16, torch.float32]
     wanted = decoder_input_ref(visible.float(), token, positions, seen, hidden)

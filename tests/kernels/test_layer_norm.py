@@ -83,6 +83,22 @@ def test_gives_the_bias_for_a_constant_row(kernel_device):
     torch.testing.assert_close(y.cpu(), b.expand(3, 700), atol=1e-4, rtol=0)
 
 
+def test_gives_exactly_the_bias_where_the_sum_is_exact(kernel_device):
+    x = torch.full((2, 700), 5.0, device=kernel_device)
+    w, b = (torch.randn(700, device=kernel_device) for _ in range(2))
+    assert torch.equal(layer_norm(x, None, w, b, EPS)[0], b.expand(2, 700))
+
+
+@pytest.mark.parametrize("used", [0, 1], ids=["norm", "sum"])
+def test_differentiates_where_only_one_result_is_used(used, kernel_device):
+    x, residual, w, b, dy, _ = make((5, 48), device=kernel_device)
+    leaves = [t.requires_grad_() for t in (x, residual, w, b)]
+    got = torch.autograd.grad(layer_norm(*leaves)[used], leaves, dy, allow_unused=True)
+    wanted = torch.autograd.grad(layer_norm_ref(*leaves, EPS)[used], leaves, dy, allow_unused=True)
+    for g, t in zip(got, wanted, strict=True):
+        torch.testing.assert_close(g, t, atol=1e-5, rtol=1e-5)
+
+
 def test_takes_float32_parameters_beside_half_activations(kernel_device):
     x, residual, w, b, dy, ds = make((33, 48), torch.float16, kernel_device)
     leaves = [t.requires_grad_() for t in (x, residual, w.float(), b.float())]

@@ -247,6 +247,41 @@ def test_kernel_refuses_a_second_backward_through_one_graph(kernel_device):
         loss.backward()
 
 
+def test_kernel_refuses_it_behind_saved_tensor_hooks_too(kernel_device):
+    pred, clip, masked = kernel_case(torch.float32, kernel_device)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        loss = pixel_loss(pred.requires_grad_(), clip, masked)
+    loss.backward(torch.tensor(3.0, device=kernel_device), retain_graph=True)
+    with pytest.raises(RuntimeError, match="hands out its gradient once"):
+        loss.backward()
+
+
+def test_kernel_goes_with_recomputation_and_two_passes_through_it(kernel_device):
+    pred, clip, masked = kernel_case(torch.float32, kernel_device)
+    pred.requires_grad_()
+
+    def recomputed(pred):
+        return torch.utils.checkpoint.checkpoint(lambda p: pixel_loss(p, clip, masked), pred, use_reentrant=False)
+
+    up = torch.tensor(3.0, device=kernel_device)
+    (wanted,) = torch.autograd.grad(pixel_loss(pred, clip, masked), pred, up)
+    loss = recomputed(pred)
+    for _ in range(2):
+        assert torch.equal(torch.autograd.grad(loss, pred, up, retain_graph=True)[0], wanted)
+
+
+def test_kernel_compiles_a_few_times_for_any_batch(kernel_device):
+    """A dozen times would be once for every batch, and an error."""
+    torch._dynamo.reset()
+    compiled = torch.compile(pixel_loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in range(2, 12):
+        pred, clip, masked = kernel_case(torch.float32, kernel_device, batch=batch, count=1, cube=(2, 8, 8))
+        with torch.no_grad():
+            torch.testing.assert_close(
+                compiled(pred, clip, masked, cube=(2, 8, 8)), pixel_loss(pred, clip, masked, cube=(2, 8, 8))
+            )
+
+
 def test_kernel_takes_an_empty_batch(kernel_device):
     pred, clip, masked = kernel_case(torch.float32, kernel_device)
     pred = pred[:0].requires_grad_()
@@ -258,8 +293,7 @@ def test_kernel_takes_an_empty_batch(kernel_device):
 @pytest.mark.parametrize("writes", [True, False])
 def test_kernel_is_registered_as_torch_wants_it(writes, bare_kernel_device):
     pred, clip, masked = kernel_case(torch.float32, bare_kernel_device, batch=1, count=2)
-    constants = (CUBE, True, 0.1, IMAGENET_MEAN, IMAGENET_STD, writes)
-    torch.library.opcheck(forward_op, (pred, clip, masked, None, None, *constants))
+    torch.library.opcheck(forward_op, (pred, clip, masked, None, None, None, CUBE, True, 0.1, writes))
     torch.library.opcheck(rescale_op, (pred, torch.tensor(3.0, device=bare_kernel_device)))
 
 
@@ -290,10 +324,25 @@ def test_kernel_works_captured(kernel_device):
         ({"cube": (1, 1, 1)}, "no variance"),
         ({"pred": torch.zeros(2, 1536, 8).mT}, "pred must be contiguous"),
         ({"scale": torch.ones(2)}, "scale must be one number; got shape .2,"),
+        ({"scale": torch.ones((), requires_grad=True)}, "scale is fixed"),
+        ({"weight": torch.ones(2, requires_grad=True)}, "weight is fixed"),
         ({"weight": torch.ones(2, device="meta")}, "weight is on meta, frames on cpu"),
         ({"mean": (0.5,)}, "3 channels"),
     ],
-    ids=["entries", "int", "boolean mask", "weight", "cube", "one pixel", "strides", "scale", "device", "mean"],
+    ids=[
+        "entries",
+        "int",
+        "boolean mask",
+        "weight",
+        "cube",
+        "one pixel",
+        "strides",
+        "scale",
+        "trained scale",
+        "trained weight",
+        "device",
+        "mean",
+    ],
 )
 def test_refuses(change, says):
     frames, masked, pred = make()

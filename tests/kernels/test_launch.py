@@ -1,0 +1,33 @@
+"""launch: how float32 multiplies, by whichever of torch's settings."""
+
+import pytest
+import torch
+
+from kernels.launch import dot_precision
+
+MATMUL = torch.backends.cuda.matmul
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    before = MATMUL.fp32_precision
+    yield
+    MATMUL.fp32_precision = before
+
+
+def test_float32_is_exact_unless_torch_is_told_otherwise():
+    assert dot_precision(torch.float32) == "ieee"
+    MATMUL.fp32_precision = "tf32"
+    assert dot_precision(torch.float32) == "tf32"
+    assert dot_precision(torch.bfloat16) == "ieee"
+    MATMUL.fp32_precision = "ieee"
+    assert dot_precision(torch.float32) == "ieee"
+
+
+def test_the_older_setting_counts_as_well():
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert dot_precision(torch.float32) == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert dot_precision(torch.float32) == "ieee"
