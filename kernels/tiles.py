@@ -3,7 +3,7 @@
 `python -m kernels.tune` measures and writes the table, `tiles.json`. Training only reads it, so that one table means
 the same bits on every run; `table_hash()` goes into the run's record.
 
-    {"NVIDIA H200": {"bias_gelu.forward": {"bfloat16 D=3072": {"ROWS": 4, "COLS": 1024, "num_warps": 4}}}}
+    {"NVIDIA H200 sm_90": {"bias_gelu.forward": {"bfloat16 D=3072": {"ROWS": 4, "COLS": 1024, "num_warps": 4}}}}
 """
 
 import hashlib
@@ -23,11 +23,16 @@ Tile = dict[str, int]
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU as tiles see it: the name in the table, its compute capability (90 = sm_90), its multiprocessors."""
+    """A GPU as tiles see it: its name, its compute capability (90 = sm_90), its multiprocessors."""
 
     name: str
     capability: int
     processors: int
+
+    @property
+    def key(self) -> str:
+        """How the table names it."""
+        return f"{self.name} sm_{self.capability}"
 
     @property
     def shared_bytes(self) -> int:
@@ -80,8 +85,14 @@ def trying(op: str, tile: Tile) -> Iterator[None]:
 
 @lru_cache
 def table() -> dict[str, Any]:
-    """GPU name -> op -> shape -> tile."""
+    """GPU -> op -> shape -> tile."""
     return json.loads(TABLE.read_text())
+
+
+def measured_on(capability: int) -> list[Target]:
+    """The GPUs of that compute capability that the table has tiles for; their multiprocessors are not recorded."""
+    ending = f" sm_{capability}"
+    return [Target(key.removesuffix(ending), capability, 132) for key in table() if key.endswith(ending)]
 
 
 def table_hash() -> str:
@@ -99,5 +110,5 @@ def tile(op: str, default: Callable[..., Tile], device: torch.device, dtype: tor
     if _trial is not None and _trial[0] == op:
         return _trial[1]
     target = target_of(device)
-    measured = table().get(target.name, {}).get(op, {}).get(shape_key(dtype, **sizes))
+    measured = table().get(target.key, {}).get(op, {}).get(shape_key(dtype, **sizes))
     return measured if measured is not None else default(target, dtype, **sizes)

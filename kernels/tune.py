@@ -207,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compile_all(wanted, given.minutes * 60 / 3)
     print(f"{target.name}: {len(wanted)} shapes, compiled ahead in {time.perf_counter() - begin:.0f} s", flush=True)
     path = None if given.dry_run else tiles.TABLE
-    tune(wanted, target.name, device, lambda: time.perf_counter() - begin > given.minutes * 60, path)
+    tune(wanted, target.key, device, lambda: time.perf_counter() - begin > given.minutes * 60, path)
     print(f"{'nothing written' if path is None else path.name}, table {tiles.table_hash()}")
     return 0
 

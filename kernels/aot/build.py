@@ -42,6 +42,7 @@ def entry(built: Built) -> dict[str, Any]:
         "threads": 32 * found.num_warps,
         "trailing_pointers": built.trailing_pointers,
         # aligned: the machine code relies on a multiple of 16
+        "gpu": found.gpu,
         "arguments": [{"name": n, "type": kind, "aligned": n in found.aligned} for n, kind in found.arguments],
         "constants": {name: plain(name, value) for name, value in found.constants},
     }

@@ -4,9 +4,10 @@ A specialisation is a kernel with its argument types and compile-time constants.
 listed here and nowhere else; the tiles come from `kernels.tiles`, as in training.
 """
 
+import re
 from argparse import ArgumentTypeError
 from collections.abc import Iterator
-from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from kernels.layer_norm import _backward as layer_norm_backward
 from kernels.layer_norm import _forward as layer_norm_forward
 from kernels.pixel_loss import _forward as pixel_loss_forward
 from kernels.pixel_loss import _rescale as pixel_loss_rescale
-from kernels.tiles import Target, assuming
+from kernels.tiles import Target, assuming, measured_on
 from videomae.model import SIZES, Size
 
 ARCHITECTURES = (80, 90, 100, 120)
@@ -106,20 +107,31 @@ def target_for(architecture: int) -> Target:
 
 
 def specialisations(
-    architecture: int,
-    sizes: tuple[str, ...] = PUBLISHED,
-    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,),
-    target: Target | None = None,
+    architecture: int, sizes: tuple[str, ...] = PUBLISHED, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
 ) -> Iterator[Specialisation]:
-    """Each different one once, by name; target: a GPU in the table of tiles, to use its entries."""
+    """Each different one once: with the default tiles, then with those measured on GPUs of the architecture."""
     seen: dict[str, Specialisation] = {}
-    with ExitStack() as stack:
-        stack.enter_context(assuming(target or target_for(architecture)))
+    for found in _started(target_for(architecture), sizes, dtypes):
+        if seen.setdefault(found.name, found) != found:
+            raise ValueError(f"two specialisations are called {found.name}: {seen[found.name]} and {found}")
+    unnamed = {replace(found, name="") for found in seen.values()}
+    for target in measured_on(architecture):
+        for found in _started(target, sizes, dtypes):
+            if replace(found, name="") not in unnamed:
+                named = replace(found, name=_with_tile(found, target), gpu=target.key)
+                seen[named.name] = named
+    yield from seen.values()
+
+
+def _started(target: Target, sizes: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> Iterator[Specialisation]:
+    with assuming(target):
         for dtype in dtypes:
             for size in sizes:
-                for launch in launches(SIZES[size], dtype):
-                    found = specialise(launch)
-                    known = seen.setdefault(found.name, found)
-                    if known != found:
-                        raise ValueError(f"two specialisations are called {found.name}: {known} and {found}")
-    yield from seen.values()
+                yield from map(specialise, launches(SIZES[size], dtype))
+
+
+def _with_tile(found: Specialisation, target: Target) -> str:
+    """`bias_gelu_forward_bf16_nvidia_h200_ROWS8_COLS512_warps4_stages3`."""
+    gpu = re.sub(r"[^a-z0-9]+", "_", target.name.lower())
+    tile = [f"{k}{v}" for k, v in found.constants if k in ("ROWS", "COLS", "DEPTH", "OUTER", "BLOCK")]
+    return "_".join([found.name, gpu, *tile, f"warps{found.num_warps}", f"stages{found.num_stages}"])

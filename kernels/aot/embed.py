@@ -25,13 +25,13 @@ ROLES = {
 
 
 def choose(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The kernel for each role; ValueError unless there is one and no other."""
+    """The kernel for each role, with the default tile; ValueError unless there is one and no other."""
     chosen = {}
     for role, (module, function, absent) in ROLES.items():
         found = [
             kernel
             for kernel in manifest["kernels"]
-            if (kernel["module"], kernel["function"]) == (module, function)
+            if (kernel["module"], kernel["function"], kernel["gpu"]) == (module, function, "")
             and {name for name, value in kernel["constants"].items() if value is None} == absent
         ]
         if len(found) != 1:

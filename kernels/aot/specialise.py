@@ -39,6 +39,7 @@ class Specialisation:
     aligned: tuple[str, ...]  # arguments that are multiples of 16
     num_warps: int
     num_stages: int
+    gpu: str = ""  # whose measured tile it has; empty for the default
 
 
 @dataclass(frozen=True)

@@ -112,3 +112,23 @@ def test_indices_of_two_integer_types_compile_together():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", MIXED], capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == "0", done.stderr[-2000:]
+
+
+TUNED = """
+import json
+from kernels import tiles
+tiles.table = lambda: {"Some GPU sm_90": {
+    "bias_gelu.forward": {"bfloat16 D=3072": {"ROWS": 8, "COLS": 256, "num_warps": 8}},
+    "layer_norm.forward": {"bfloat16 D=768": {"ROWS": 4, "num_warps": 4}},
+}}
+from kernels.aot.catalogue import specialisations
+print(json.dumps([[s.name, s.gpu] for s in specialisations(90, ("vit_base",)) if s.gpu]))
+assert not any(s.gpu for s in specialisations(80, ("vit_base",)))
+"""
+
+
+def test_measured_tiles_are_compiled_beside_the_defaults_where_they_differ():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", TUNED], capture_output=True, text=True, env=environment)
+    name = "bias_gelu_forward_bf16_some_gpu_ROWS8_COLS256_warps8_stages3"
+    assert json.loads(done.stdout) == [[name, "Some GPU sm_90"]], done.stderr[-2000:]

@@ -42,7 +42,7 @@ def kernel(role, **changes):
     module, function, absent = embed.ROLES[role]
     constants = {"ROWS": 128, "NORMALIZE": True, "EPS": 1e-6, "PRECISION": "ieee"} | dict.fromkeys(absent)
     entry = {"name": role, "cubin": f"{role}.cubin", "module": module, "function": function, "symbol": function}
-    entry |= {"shared_bytes": 0, "threads": 32, "trailing_pointers": 2, "constants": constants}
+    entry |= {"gpu": "", "shared_bytes": 0, "threads": 32, "trailing_pointers": 2, "constants": constants}
     return entry | {"arguments": [{"name": "D", "type": "i32", "aligned": True}]} | changes
 
 
@@ -85,6 +85,11 @@ def test_each_role_needs_exactly_one_kernel():
     for kernels in ([kernel(role) for role in embed.ROLES][1:], [*manifest()["kernels"], kernel("VMK_FOLD")]):
         with pytest.raises(ValueError, match="sm_90 must have one kernel for VMK_FOLD"):
             embed.choose(manifest(kernels=kernels))
+
+
+def test_kernels_with_one_gpus_tiles_are_left_out():
+    tuned = kernel("VMK_FOLD", name="tuned", gpu="Some GPU sm_90")
+    assert embed.choose(manifest(kernels=[tuned, *manifest()["kernels"]])) == embed.choose(manifest())
 
 
 def test_the_c_source_holds_the_manifest(tmp_path):
