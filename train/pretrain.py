@@ -3,7 +3,6 @@
 Top to bottom: what was asked for, what the run needs, the loop, and where its results are.
 """
 
-import contextlib
 import os
 import signal
 import sys
@@ -25,6 +24,7 @@ from train.optim import PRECISIONS, Schedule, Updater, resolve_precision, schedu
 from train.picture import draw_curves, draw_reconstruction, reconstruct
 from train.plan import BatchPlan, available_cpus, clip_bytes, free_memory, pick_device, plan_batch
 from train.recipes import PRETRAIN, PretrainConfig
+from train.signals import stop_signals
 from train.skipped import Skipped, TooManyUnreadable
 from videomae import masking
 from videomae.data.dataset import ClipReader, Order, Sample, VideoList, find_videos
@@ -161,7 +161,7 @@ def pretrain(run: Run) -> int:
         config=config.loader,
         known_skips=skipped.known,
     )
-    with _stop_signals() as stop, log, loader:
+    with stop_signals() as stop, log, loader:
         batches = iter(loader)
         preview = _keep(next(batches))
         saved = done if done else None
@@ -299,26 +299,6 @@ def _finish(run: Run, done: int, how: str, stop: list[int]) -> int:
     if pictures:
         print(f"  reconstruction  {pictures[-1]}")
     return 0
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM or Ctrl-C appends its number to; the loop ends after the step at hand. A second one ends it
-    at once."""
-    received: list[int] = []
-
-    def note(number: int, _: object) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        print("\nstopping after this step; once more to stop at once, without saving", file=sys.stderr)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _build(config: PretrainConfig) -> VideoMAE:
