@@ -1,4 +1,4 @@
-"""All that is measured on a GPU, in one command of under eight minutes.
+"""All that is measured on a GPU, in one command, which begins nothing new after eight minutes.
 
     python -m bench.gpu                                  # everything, into bench/results/<gpu>/
     python -m bench.gpu --only ceilings,attention --out /tmp/attention
