@@ -1,4 +1,4 @@
-"""layer_norm: residual add and norm, at the encoder's and the decoder's width.
+"""layer_norm: bias, residual add and norm, at the encoder's and the decoder's width.
 
 pytest bench/bench_layer_norm.py --benchmark-only
 """
@@ -17,17 +17,17 @@ from kernels.layer_norm import layer_norm_ref
 EPS = 1e-6
 
 
-def ours(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    return kernels.layer_norm(x, residual, weight, bias, EPS)
+def ours(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor) -> tuple[Tensor, Tensor]:
+    return kernels.layer_norm(x, residual, weight, bias, EPS, x_bias)
 
 
-def eager(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    total = x + residual
+def eager(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + x_bias + residual
     return functional.layer_norm(total, total.shape[-1:], weight, bias, EPS), total
 
 
-def truth(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    return layer_norm_ref(x, residual, weight, bias, EPS)
+def truth(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor) -> tuple[Tensor, Tensor]:
+    return layer_norm_ref(x, residual, weight, bias, EPS, x_bias)
 
 
 def contest(shape: Shape, setting: Setting, tokens: int, width: int) -> Contest:
@@ -42,7 +42,7 @@ def contest(shape: Shape, setting: Setting, tokens: int, width: int) -> Contest:
             return values.requires_grad_()
 
         named = {"x": random(shape.clips, tokens, width), "residual": random(shape.clips, tokens, width)}
-        return named | {"weight": random(width), "bias": random(width)}
+        return named | {name: random(width) for name in ("weight", "bias", "x_bias")}
 
     work = {
         "forward": Work(2 * size, 2 * size + 8 * rows),  # reads x, residual; writes s, y, and a row's two statistics
@@ -72,8 +72,8 @@ def test_layer_norm_beside_transformers(benchmark, capsys):
     config = transformers.VideoMAEConfig(hidden_size=shape.decoder_width, num_attention_heads=6, layer_norm_eps=EPS)
     norm = VideoMAELayer(config).layernorm_after
 
-    def theirs(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        total = x + residual
+    def theirs(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + x_bias + residual
         return torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (total,)), total
 
     beside_transformers(benchmark, capsys, one, theirs, one.make(0))

@@ -1,4 +1,5 @@
-"""What a run of `python -m bench.gpu` found, as json and as a page: rates, shares of the ceilings, goals met or not."""
+"""What a run of `python -m bench.gpu` found, as json and as pages: rates, shares of the ceilings, goals met or not. The
+ops' page is here, that of whole steps in bench/step_report.py."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -6,67 +7,56 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench import step_report
 from bench.compare import Result
-from bench.timing import Timing
+from bench.page import Ceilings, Goal, Section, ceiling_lines, environment_line, goal_table, section_lines, table
+from bench.step_goals import step_goals
+from bench.step_results import StepReport
 
 MEMORY_BOUND = ("pixel_loss", "layer_norm", "bias_gelu", "decoder_input")
 RIVALS = ("eager", "flash", "cudnn", "efficient", "math")
 MEGA = 1e6
 
 
-@dataclass(frozen=True)
-class Section:
-    """One part of the run: done, failed with a traceback, or skipped."""
-
-    name: str
-    status: str
-    seconds: float = 0.0
-    detail: str = ""
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """Bytes a second, read plus written, of a large copy; operations a second of a large bfloat16 matrix product."""
-
-    copy: float
-    matmul: float
-    copy_timing: Timing
-    matmul_timing: Timing
-
-    def floor_us(self, r: Result) -> float:
-        """What the result's counted work takes at least: the largest of bytes, operations and instructions."""
-        bytes_us = (r.work.reads + r.work.writes) / self.copy * 1e6
-        return max(bytes_us, r.work.flops / self.matmul * 1e6, r.issue_us or 0.0)
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A goal at one shape. met is None when something to decide it was not measured."""
-
-    text: str
-    where: str
-    measured: str
-    met: bool | None
-
-
 @dataclass
 class Report:
+    """pages: which of them are written, ops and step."""
+
     environment: dict[str, Any]
     sections: list[Section] = field(default_factory=list)
     ceilings: Ceilings | None = None
     results: list[Result] = field(default_factory=list)
+    attention: dict[str, Any] = field(default_factory=dict)  # proposed for videomae/attention.json
+    steps: StepReport = field(default_factory=StepReport)
+    pages: tuple[str, ...] = ("ops",)
+
+    def goals(self) -> list[Goal]:
+        """Of ops and of steps."""
+        return goals(self.results, self.ceilings) + step_goals(self.steps, self.ceilings)
 
     def write(self, folder: Path) -> None:
+        """All that is known now."""
         folder.mkdir(parents=True, exist_ok=True)
-        raw = {
+        shared = {
             "sections": [asdict(s) for s in self.sections],
             "ceilings": None if self.ceilings is None else asdict(self.ceilings),
-            "results": [asdict(r) for r in self.results],
-            "goals": [asdict(g) for g in goals(self.results, self.ceilings)],
         }
+        ops = {"results": [asdict(r) for r in self.results]}
+        ops["goals"] = [asdict(g) for g in goals(self.results, self.ceilings)]
+        steps = self.steps.raw() | {"goals": [asdict(g) for g in step_goals(self.steps, self.ceilings)]}
+        pages = {"ops": (shared | ops, markdown), "step": (shared | steps, step_markdown)}
         (folder / "environment.json").write_text(json.dumps(self.environment, indent=1) + "\n")
-        (folder / "ops.json").write_text(json.dumps(raw, indent=1) + "\n")
-        (folder / "ops.md").write_text(markdown(self))
+        for name in self.pages:
+            raw, page = pages[name]
+            (folder / f"{name}.json").write_text(json.dumps(raw, indent=1) + "\n")
+            (folder / f"{name}.md").write_text(page(self))
+        if self.attention:
+            (folder / "attention.json").write_text(json.dumps(self.attention, indent=1) + "\n")
+
+
+def step_markdown(report: Report) -> str:
+    """step.md."""
+    return step_report.markdown(report.steps, report.ceilings, report.sections, report.environment)
 
 
 def goals(results: list[Result], ceilings: Ceilings | None) -> list[Goal]:
@@ -128,24 +118,15 @@ def _scratch_goal(r: Result, ours: list[Result]) -> Goal:
     return Goal(text, _where(r), f"{scratch / MEGA:.1f} MB beside {tokens / MEGA:.1f} MB", scratch <= tokens)
 
 
-def table(head: str, rows: Iterable[Iterable[Any]], aligned: str = "") -> list[str]:
-    """Lines of a markdown table; aligned has an r for every column of numbers."""
-    names = head.split("|")
-    rule = ["--:" if i < len(aligned) and aligned[i] == "r" else "---" for i in range(len(names))]
-    lines = [names, rule, *rows]
-    return ["| " + " | ".join(str(c).strip().replace("|", "\\|") for c in line) + " |" for line in lines]
-
-
 def markdown(report: Report) -> str:
+    """ops.md."""
     environment = report.environment
-    decided = {True: "yes", False: "no", None: "not decided"}
     lines = [f"# Ops on {environment.get('gpu', 'an unknown device')}", "", "Written by `python -m bench.gpu`.", ""]
-    lines += [", ".join(f"{k} {v}" for k, v in environment.items()) + ".", ""]
+    lines += [environment_line(environment), ""]
     tests = next((s.status for s in report.sections if s.name == "tests"), "not run")
     lines += [f"Kernel tests on this device: {tests}.", "", "## Goals", ""]
-    wanted = goals(report.results, report.ceilings)
-    lines += table("goal|where|measured|met", [(g.text, g.where, g.measured, decided[g.met]) for g in wanted])
-    lines += ["", "## Ceilings", "", *_ceiling_lines(report.ceilings), "", "## Ops", ""]
+    lines += goal_table(goals(report.results, report.ceilings))
+    lines += ["", "## Ceilings", "", *ceiling_lines(report.ceilings), "", "## Ops", ""]
     lines += ["Microseconds of one call: median and quartiles, from a replayed CUDA graph over inputs that do not fit"]
     lines += ["the cache. Bytes and operations are counted, as the bench's comments say. Share: of the time that the"]
     lines += [
@@ -155,21 +136,8 @@ def markdown(report: Report) -> str:
     lines += ["the reference in float32."]
     for op in dict.fromkeys(r.op for r in report.results):
         lines += ["", f"### {op}", "", *_op_table([r for r in report.results if r.op == op], report.ceilings)]
-    lines += ["", "## Sections", ""]
-    lines += table("section|status|seconds", [(s.name, s.status, f"{s.seconds:.1f}") for s in report.sections], "  r")
-    for s in report.sections:
-        if s.detail:
-            lines += ["", f"### {s.name}: {s.status}", "", "```", s.detail.rstrip(), "```"]
+    lines += ["", "## Sections", "", *section_lines(report.sections)]
     return "\n".join(lines) + "\n"
-
-
-def _ceiling_lines(ceilings: Ceilings | None) -> list[str]:
-    if ceilings is None:
-        return ["Not measured."]
-    rates = (("device copy, read and written", ceilings.copy / 1e9, "GB/s", ceilings.copy_timing),)
-    rates += (("bfloat16 matrix product", ceilings.matmul / 1e12, "TFLOP/s", ceilings.matmul_timing),)
-    cells = [(n, f"{v:.0f} {unit}", f"{t.median:.0f} ({t.low:.0f} to {t.high:.0f})", t.how) for n, v, unit, t in rates]
-    return table("ceiling|rate|us|how", cells, " rr")
 
 
 def _op_table(results: list[Result], ceilings: Ceilings | None) -> list[str]:

@@ -275,6 +275,7 @@ def _backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
 
 def _setup(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or a gradient of zeros would be made for the second output
     ctx.save_for_backward(*inputs, *output)
 
 

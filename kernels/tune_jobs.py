@@ -36,6 +36,8 @@ from kernels.layer_norm import _forward as layer_norm_forward
 from kernels.layer_norm import _forward_tile as layer_norm_forward_tile
 from kernels.pixel_loss import _forward as pixel_loss_forward
 from kernels.pixel_loss import _loss_tile as pixel_loss_tile
+from kernels.split_heads import _join as join_heads
+from kernels.split_heads import _join_tile as join_tile
 from kernels.tiles import Target, Tile
 from videomae.clip import sinusoid_positions
 
@@ -181,13 +183,13 @@ def _norm_jobs(shape: Shape, tokens: int, D: int, device: torch.device, dtype: t
 
     def forward(seed: int) -> tuple:
         x, residual = (_random((R, D), dtype, device, seed + i) for i in (0, 1000))
-        weight, bias = (_random((D,), torch.float32, device, seed + i) for i in (0, 1000))
-        return x, residual, weight, bias, 1e-6
+        weight, bias, x_bias = (_random((D,), torch.float32, device, seed + i) for i in (0, 1000, 2000))
+        return x, residual, weight, bias, 1e-6, x_bias
 
     def backward(seed: int) -> tuple:
         dy, ds, s = (_random((R, D), dtype, device, seed + i) for i in (0, 1000, 2000))
         variance, mean = torch.var_mean(s.float(), dim=1, correction=0)
-        return dy, ds, s, _random((D,), torch.float32, device, seed), mean, (variance + 1e-6).rsqrt()
+        return dy, ds, s, _random((D,), torch.float32, device, seed), mean, (variance + 1e-6).rsqrt(), 3
 
     yield "layer_norm.forward", {"D": D}, layer_norm_forward_tile, forward, layer_norm_forward, 2 * size
     yield "layer_norm.backward", {"D": D}, layer_norm_backward_tile, backward, layer_norm_backward, 3 * size
@@ -205,6 +207,16 @@ def _gelu_jobs(shape: Shape, tokens: int, D: int, device: torch.device, dtype: t
 
     yield "bias_gelu.forward", {"D": D}, bias_gelu_forward_tile, forward, bias_gelu_forward, size
     yield "bias_gelu.backward", {"D": D}, bias_gelu_backward_tile, backward, bias_gelu_backward, 2 * size
+
+
+def _join_jobs(shape: Shape, tokens: int, D: int, device: torch.device, dtype: torch.dtype) -> Iterator[tuple]:
+    B, d = shape.clips, shape.head_width  # the decoder's heads are as wide as the encoder's
+    heads = D // d
+
+    def parts(seed: int) -> tuple:
+        return tuple(_random((B, tokens, heads, d), dtype, device, seed + i) for i in (0, 1000, 2000))
+
+    yield "split_heads.backward", {"D": D}, join_tile, parts, join_heads, 3 * B * tokens * D * dtype.itemsize
 
 
 def _attention_jobs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[tuple]:
@@ -230,6 +242,7 @@ def jobs(shape: Shape, target: Target, device: torch.device, dtype: torch.dtype 
     for tokens, width in ((shape.num_visible, shape.width), (shape.num_cubes, shape.decoder_width)):
         found += [*_norm_jobs(shape, tokens, width, device, dtype)]
         found += [*_gelu_jobs(shape, tokens, 4 * width, device, dtype)]
+        found += [*_join_jobs(shape, tokens, width, device, dtype)]
     found += [*_attention_jobs(shape, device, dtype)]
     return [
         Job(op, shape.size, sizes, default(target, dtype, **sizes), make, run, read, dtype)

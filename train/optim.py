@@ -80,15 +80,21 @@ class StepStats(NamedTuple):
 
 
 class Updater:
-    """Turns losses into updates: the backward pass of each micro-batch's loss times `loss_scale`, then `step`."""
+    """Turns losses into updates: the backward pass of each micro-batch's loss times `loss_scale`, then `set_rate` and
+    `step`."""
 
     def __init__(
         self, model: nn.Module, config: Optim, schedule: Schedule, precision: str, device: torch.device
     ) -> None:
-        self._config, self._schedule = config, schedule
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._config, self._schedule, self.device = config, schedule, device
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         groups = parameter_groups(model, config.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+        # on the device, where a captured graph finds this step's
+        self._rate = torch.zeros((), device=device)
+        self._capturable = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=self._rate, betas=config.betas, eps=config.eps, fused=True, capturable=self._capturable
+        )
         # only float16's gradients underflow
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
 
@@ -97,30 +103,31 @@ class Updater:
         """What a loss is to be multiplied with before its backward pass: 1, or a scalar on the device for float16."""
         if not self.scaler.is_enabled():
             return 1.0
-        return self.scaler.scale(torch.ones((), device=self._parameters[0].device))
+        return self.scaler.scale(torch.ones((), device=self.device))
 
-    def step(self, step: int, loss: Tensor, *, grad_factor: float = 1.0, skip: bool = False) -> StepStats:
-        """Update the weights with the schedule's rate for this step, gradients times grad_factor.
+    def set_rate(self, step: int) -> None:
+        """The schedule's learning rate for this step, counted from 0, from now on."""
+        self._rate.fill_(self._schedule.at(step))
+
+    def step(self, loss: Tensor, *, grad_factor: float = 1.0, skip: bool = False) -> StepStats:
+        """Update the weights at the rate that was set, gradients times grad_factor. The gradients stay.
 
         Where the loss or a gradient is not finite, the device leaves weights and optimiser as they are, without asking
         the host; and so for skip, of a step without a single clip.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._schedule.at(step)
         self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
         if grad_factor != 1.0:
             torch._foreach_mul_(gradients, grad_factor)
         norm = get_total_norm(gradients)
         nonfinite = (~(norm.isfinite() & loss.isfinite())).float()
         if self._config.clip_grad is not None:
-            clip_grads_with_norm_(self._parameters, self._config.clip_grad, norm)
+            clip_grads_with_norm_(self.parameters, self._config.clip_grad, norm)
         # what GradScaler tells a fused optimiser, for every precision
         found_inf = torch.ones_like(nonfinite) if skip else nonfinite
         self.optimizer.found_inf, self.optimizer.grad_scale = found_inf, None  # type: ignore[attr-defined]
         self.optimizer.step()
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
         return StepStats(norm, nonfinite)
 
     def state_dict(self) -> dict:
@@ -128,6 +135,8 @@ class Updater:
 
     def load_state_dict(self, state: dict) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:  # the file's may be of another device
+            group["lr"], group["capturable"] = self._rate, self._capturable
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
 

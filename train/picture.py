@@ -17,20 +17,22 @@ _LABEL_WIDTH, _CELL, _GAP, _FONT = 190, 64, 4, 13
 
 
 class Reconstruction(NamedTuple):
-    """Clips uint8 [B, T, H, W, 3]; visible cubes are the original's in all of them."""
+    """Clips uint8 [B, T, H, W, 3]; visible cubes are the original's in all of them. Masked cubes that nobody predicted
+    (a dual mask has such) are grey in all but the original."""
 
     original: Tensor
     masked: Tensor
     with_statistics: Tensor  # predictions times the original cube's own deviation, plus its mean
     without_statistics: Tensor  # with the visible cubes' mean and mean deviation instead: nothing hidden is used
+    unpredicted: float  # share of the masked cubes
 
 
 def reconstruct(pred: Tensor, frames: Tensor, mask: Mask, input: Input, *, normalized: bool) -> Reconstruction:
-    """Put predictions [B, M, P*C] into frames uint8 [B, T, H, W, C]. normalized: the prediction is of normalised
+    """Put predictions [B, P, dt*dy*dx*C] into frames uint8 [B, T, H, W, C]. normalized: the prediction is of normalised
     pixels."""
     channels = len(input.mean)
     pixels = to_cubes(frames, input.cube).float() / 255
-    cubes = pixels.unflatten(2, (-1, channels))  # [B, N, P, C]
+    cubes = pixels.unflatten(2, (-1, channels))  # [B, N, dt*dy*dx, C]
     means, deviations = cubes.mean(2, keepdim=True), cubes.std(2, keepdim=True) + 1e-6
     hidden = mask.to_bool()[:, :, None, None]
     seen = (~hidden).float()
@@ -39,34 +41,41 @@ def reconstruct(pred: Tensor, frames: Tensor, mask: Mask, input: Input, *, norma
     )
     guess = (
         torch.zeros_like(pixels)
-        .scatter(1, mask.masked[:, :, None].expand_as(pred), pred.float())
+        .scatter(1, mask.predicted[:, :, None].expand_as(pred), pred.float())
         .unflatten(2, (-1, channels))
     )
+    predicted = torch.zeros_like(hidden).scatter(1, mask.predicted[:, :, None, None], True)
+    masked = torch.where(hidden, 0.5, cubes)
 
     def clip(values: Tensor) -> Tensor:
-        whole = torch.where(hidden, values, cubes).flatten(2)
-        return from_cubes((whole.clamp(0, 1) * 255).round().byte(), input.grid, input.cube)
+        return from_cubes((values.flatten(2).clamp(0, 1) * 255).round().byte(), input.grid, input.cube)
+
+    def with_guess(values: Tensor) -> Tensor:
+        return clip(torch.where(predicted, values, masked))
 
     return Reconstruction(
         frames,
-        clip(torch.full_like(cubes, 0.5)),
-        clip(guess * deviations + means if normalized else guess),
-        clip(guess * visible_deviation + visible_mean if normalized else guess),
+        clip(masked),
+        with_guess(guess * deviations + means if normalized else guess),
+        with_guess(guess * visible_deviation + visible_mean if normalized else guess),
+        1 - mask.predicted.shape[1] / mask.masked.shape[1],
     )
 
 
 def draw_reconstruction(
     made: Reconstruction, input: Input, ratio: float, *, normalized: bool, title: str
 ) -> Image.Image:
-    """A sheet: for each clip a row of originals, masked, predicted; a column for each time slot."""
+    """A sheet: for each clip a row of originals, masked, predicted; a column for each time slot. ratio: the share of
+    the cubes that is masked."""
     rows = [("original", made.original), (f"masked ({ratio:.0%} hidden)", made.masked)]
+    grey = f"\n(grey: {made.unpredicted:.0%} of the hidden,\nnot predicted)" if made.unpredicted else ""
     if normalized:
         rows += [
-            ("predicted, with each cube's\nown mean and deviation", made.with_statistics),
-            ("predicted, without them", made.without_statistics),
+            ("predicted, with each cube's\nown mean and deviation" + grey, made.with_statistics),
+            ("predicted, without them" + grey, made.without_statistics),
         ]
     else:
-        rows += [("predicted", made.with_statistics)]
+        rows += [("predicted" + grey, made.with_statistics)]
     font = ImageFont.load_default(_FONT)
     height, width = input.size
     scale = max(_CELL / min(height, width), 1.0)
@@ -81,7 +90,7 @@ def draw_reconstruction(
     for b in range(len(made.original)):
         for r, (label, clips) in enumerate(rows):
             top = 24 + b * clip_height + r * (cell_height + _GAP)
-            pen.text((_GAP, top + cell_height // 2 - 2 * _FONT // 2), label, fill="black", font=font)
+            pen.text((_GAP, top + cell_height // 2), label, fill="black", font=font, anchor="lm")
             for column, frame in enumerate(slots):
                 image = Image.fromarray(clips[b, frame].cpu().numpy()).resize(
                     (cell_width, cell_height), Image.Resampling.NEAREST

@@ -1,26 +1,41 @@
-"""Before the first step: devices, threads, memory, and how a recipe's batch becomes micro-batches that fit."""
+"""Before the first step: devices, threads, free memory, and how a recipe's batch becomes micro-batches that fit.
+
+Also a command, which needs no GPU: what a recipe's step takes of one, for every kind of recomputation.
+
+    python -m train.plan k400-huge-1600 --gpu-memory 80 --model.frames 32 --model.image-size 320
+"""
 
 import os
-from dataclasses import dataclass
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from kernels.launch import check
-from videomae.model import Input, Size
+from train.cli import parse, refuse
+from train.memory import Workload, estimate, largest_micro_batch
+from train.recipes import PRETRAIN, PretrainConfig, build
+from videomae.blocks import RECOMPUTE
+from videomae.model import size_of
 
-# numbers kept for the backward pass per token, block and channel: norms, qkv, attention, both sides of the MLP's GELU
-# and residuals
-_KEPT_PER_CHANNEL = 17
-_SHARE_OF_MEMORY = 0.5  # of what is free; the estimate is a formula, not a measurement
+# of the free memory, what the estimate of a step may take: it is within 15 %, and a GPU holds little else; a CPU's
+# memory is also other processes', the decoding workers', and the cache of files
+_SHARE = {"cuda": 0.85, "cpu": 0.5}
+
+
+PROG = "python -m train.plan"
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """clips = micro_batch * accumulation, all on one device."""
+    """clips = micro_batch * accumulation, all on one device; peak_bytes: of a step, estimated."""
 
     clips: int
     micro_batch: int
+    peak_bytes: int
+    fits: bool  # in the share of the free memory that a step may take
 
     @property
     def accumulation(self) -> int:
@@ -63,34 +78,90 @@ def free_memory(device: torch.device) -> int:
     return free
 
 
-def clip_bytes(
-    size: Size, input: Input, *, num_masked: int, decoder_depth: int, recompute: bool, bytes_each: int
-) -> int:
-    """Memory of one clip's activations in a training step, estimated: bytes_each is 4 in float32, 2 under autocast."""
-    num_visible = input.num_cubes - num_masked
-    layers = ((num_visible, size.width, size.depth), (input.num_cubes, size.decoder_width, decoder_depth))
-    kept = 0
-    for tokens, width, depth in layers:
-        block = tokens * width * _KEPT_PER_CHANNEL
-        kept += (tokens * width * depth + block) if recompute else block * depth
-    # prediction, target and their difference are float32 whatever the model computes in
-    loss = num_masked * input.cube_values * 4 * 4
-    return kept * bytes_each + loss
+def memory_budget(device: torch.device) -> int:
+    """Bytes that a step may be planned to take: a share of the free ones."""
+    return int(free_memory(device) * _SHARE[device.type])
 
 
-def plan_batch(clips: int, *, per_clip: int, fixed: int, free: int, micro_batch: int | None = None) -> BatchPlan:
-    """The fewest micro-batches of equal size that fit: fixed + micro_batch * per_clip bytes within half of the free
-    ones.
+def plan_batch(clips: int, work: Workload, *, budget: int, micro_batch: int | None = None) -> BatchPlan:
+    """The fewest micro-batches of equal size whose step takes at most budget bytes; one clip at a time if none does.
 
     micro_batch: asked for by hand; ValueError unless it divides clips.
     """
     check(clips >= 1, f"batch size must be at least 1; got {clips}")
-    if micro_batch is not None:
-        check(
-            micro_batch >= 1 and clips % micro_batch == 0,
-            f"micro-batch {micro_batch} does not divide a step's {clips} clips",
-        )
-        return BatchPlan(clips, micro_batch)
-    most = max(int((free * _SHARE_OF_MEMORY - fixed) // per_clip), 1)
-    fitting = next(n for n in range(1, clips + 1) if clips % n == 0 and clips // n <= most)
-    return BatchPlan(clips, clips // fitting)
+    if micro_batch is None:
+        whole = replace(work, accumulates=False)
+        parts = replace(work, accumulates=True)
+        sizes = (clips // n for n in range(1, clips + 1) if clips % n == 0)
+        fitting = (n for n in sizes if estimate(whole if n == clips else parts, n).peak <= budget)
+        micro_batch = next(fitting, 1)
+    check(
+        micro_batch >= 1 and clips % micro_batch == 0,
+        f"micro-batch {micro_batch} does not divide a step's {clips} clips",
+    )
+    peak = estimate(replace(work, accumulates=micro_batch < clips), micro_batch).peak
+    return BatchPlan(clips, micro_batch, peak, peak <= budget)
+
+
+def workload(config: PretrainConfig, num_parameters: int, precision: str) -> Workload:
+    """What a micro-batch of the run computes."""
+    model = config.model
+    return Workload(
+        size_of(model.size),
+        model.input,
+        config.counts,
+        model.decoder_depth,
+        num_parameters,
+        model.recompute,
+        bytes_each=4 if precision == "float32" else 2,
+    )
+
+
+def bytes_text(size: int) -> str:
+    """`12.3 GB`, `45 MB`."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def _table(work: Workload, clips: int, budget: int) -> list[str]:
+    lines = ["recompute   1 clip      most clips   a step of this recipe"]
+    for recompute in RECOMPUTE:
+        one = replace(work, recompute=recompute)
+        plan = plan_batch(clips, one, budget=budget)
+        step = f"{plan.micro_batch} x {plan.accumulation}, {bytes_text(plan.peak_bytes)}" if plan.fits else "too large"
+        most = largest_micro_batch(one, budget)
+        lines.append(f"{recompute:<11} {bytes_text(estimate(one, 1).peak):<11} {most or '-':<12} {step}")
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; exit code 2 for wrong use."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    memory = 80.0
+    if "--gpu-memory" in given:
+        at = given.index("--gpu-memory")
+        try:
+            memory = float(given[at + 1])
+        except (IndexError, ValueError):
+            refuse(PROG, "--gpu-memory takes a number of gigabytes")
+        del given[at : at + 2]
+    about = "What a recipe's step takes of a GPU's memory (--gpu-memory GB, 80 if not given), estimated to within 15 %."
+    config = parse(given, PRETRAIN, "k400-base-800", prog=PROG, about=about)
+    with torch.device("meta"):
+        num_parameters = sum(p.numel() for p in build(config.model).parameters())
+    precision = "bfloat16" if config.precision == "auto" else config.precision
+    work, budget = workload(config, num_parameters, precision), int(memory * 1e9 * _SHARE["cuda"])
+    (height, width), counts = work.input.size, work.counts
+    print(
+        f"{config.recipe}: {config.model.size}, decoder depth {work.decoder_depth}, {num_parameters / 1e6:.1f} M "
+        f"parameters, {work.input.frames} x {height} x {width}"
+    )
+    print(
+        f"{counts.visible} of {work.input.num_cubes} cubes visible, {counts.visible + counts.decoded} tokens in the "
+        f"decoder; {precision}; a step may take {budget / 1e9:.0f} of {memory:g} GB"
+    )
+    print("\n".join(["", *_table(work, config.batch_size * config.sampling.views, budget)]))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -13,12 +13,14 @@ import tyro
 
 from kernels.launch import check
 from train.checkpoint import Checkpointing
+from train.engine import EngineName
 from train.log import Logging
 from train.optim import Optim
 from videomae import masking
+from videomae.blocks import RECOMPUTE, Recompute, set_recompute
 from videomae.data.augment import Augment
 from videomae.data.loader import LoaderConfig
-from videomae.model import Input, size_of
+from videomae.model import Input, VideoMAE, pretrain_model, size_of
 
 
 @dataclass(frozen=True)
@@ -30,18 +32,38 @@ class Model:
     image_size: int | tuple[int, int] = 224  # pixels: the side of a square, or height and width
     cube: tuple[int, int, int] = (2, 16, 16)  # frames, height, width of a token
     decoder_depth: int = 4
-    recompute: bool = (
-        False  # every block recomputes its activations in the backward pass: less memory, a third more time
-    )
+    # what the backward pass computes anew instead of keeping it: norms, the outputs of LayerNorm and GELU; mlp, every
+    # MLP; block, all but the blocks' inputs, for a third more time
+    recompute: Recompute = "none"
+    # the decoder's last layer works for the cubes it predicts only; off: for all, to compare
+    short_last_layer: bool = True
 
     def __post_init__(self) -> None:
         size_of(self.size)
         check(self.decoder_depth >= 1, f"model.decoder-depth must be at least 1; got {self.decoder_depth}")
+        check(
+            self.recompute in RECOMPUTE,
+            f"model.recompute must be one of {', '.join(RECOMPUTE)}; got {self.recompute!r}",
+        )
         _ = self.input
 
     @property
     def input(self) -> Input:
         return Input(self.frames, self.image_size, self.cube)
+
+
+def build(config: Model) -> VideoMAE:
+    """A fresh model, set as the configuration says."""
+    model = pretrain_model(
+        config.size,
+        frames=config.frames,
+        image_size=config.image_size,
+        cube=config.cube,
+        decoder_depth=config.decoder_depth,
+    )
+    model.decoder.short_last_layer = config.short_last_layer
+    set_recompute(model, config.recompute)
+    return model
 
 
 @dataclass(frozen=True)
@@ -90,6 +112,13 @@ class PretrainConfig:
     )
     device: Literal["cpu", "cuda"] | None = None  # cuda where there is one, if not given
     precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    engine: EngineName = "eager"  # kernel by kernel; compile: by torch.compile; graph: as captured CUDA graphs
+    attention: str = (
+        "auto"  # the back end: auto, sdpa, sdpa-flash, sdpa-cudnn, triton, flash-attn, flash-attn-4, xformers
+    )
+    # V2's dual masking: the decoder too leaves cubes out, decoder-ratio of them
+    decoder_mask: Literal["none", "running-cell"] = "none"
+    decoder_ratio: float = 0.5
     resume: str = (
         "auto"  # auto: go on where the run folder stopped; never: move the old run aside; PATH: from that checkpoint
     )
@@ -114,7 +143,13 @@ class PretrainConfig:
         check(self.data != "", "data must not be empty")
         check(self.resume != "", "resume must be auto, never, or the path of a checkpoint")
         check(self.workers is None or self.workers >= 0, f"workers must not be negative; got {self.workers}")
-        masking.num_masked(self.mask.kind, self.model.input.grid, self.mask.ratio)
+        _ = self.counts
+
+    @property
+    def counts(self) -> masking.Counts:
+        """How many cubes a mask leaves visible, hides, and so on; ValueError when there is no such mask."""
+        grid = self.model.input.grid
+        return masking.counts(self.mask.kind, grid, self.mask.ratio, self.decoder_mask, self.decoder_ratio)
 
 
 def demo() -> PretrainConfig:
@@ -165,7 +200,7 @@ def _published(
     ratio: float = 0.9,
     base_lr: float = 1.5e-4,
     decoder_depth: int = 4,
-    recompute: bool = False,
+    recompute: Recompute = "none",
 ) -> PretrainConfig:
     return PretrainConfig(
         recipe=recipe,
@@ -221,7 +256,7 @@ def k400_huge_1600() -> PretrainConfig:
     python -m train.pretrain k400-huge-1600 --data k400/train.csv
     Published on 64 GPUs of 16 clips; fine-tuned 86.6 top-1, 97.1 top-5.
     """
-    return _published("k400-huge-1600", "vit_huge", 1600, 1024, decoder_depth=12, recompute=True)
+    return _published("k400-huge-1600", "vit_huge", 1600, 1024, decoder_depth=12, recompute="block")
 
 
 def ssv2_small_2400() -> PretrainConfig:

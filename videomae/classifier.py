@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.launch import check
-from videomae.model import Encoder, Input, LayerNorm, Size, size_of
+from videomae.blocks import LayerNorm
+from videomae.model import Encoder, Input, Size, size_of
 
 
 class Classifier(Encoder):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kernels.launch import check
-from videomae.model import NORM_EPS, SIZES, Input, Size
+from videomae.blocks import NORM_EPS
+from videomae.model import SIZES, Input, Size
 from videomae.weight_files import Stated
 
 # (ours, theirs), each the beginning of a dotted name; a name that no row fits is the same on both sides.

@@ -9,15 +9,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels.launch import IMAGENET_MEAN, IMAGENET_STD, check
+from videomae.blocks import Blocks, LayerNorm
 from videomae.clip import grid_of, sinusoid_positions
 from videomae.masking import Mask
-
-NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -80,121 +77,6 @@ class Input:
         return self.cube[0] * self.cube[1] * self.cube[2] * len(self.mean)
 
 
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm over the last axis, as one kernel with the addition before it."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width, eps=NORM_EPS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.layer_norm(x.contiguous(), None, self.weight, self.bias, self.eps)[0]
-
-    def add(self, branch: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of x + branch, and x + branch itself; without a branch, x."""
-        if branch is None:
-            return self(x), x
-        return kernels.layer_norm(branch, x, self.weight, self.bias, self.eps)
-
-
-class Attention(nn.Module):
-    """Joint space-time self-attention; q and v have biases, k has none (RECIPES A.3)."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        check(width % heads == 0, f"width {width} is no multiple of {heads} heads")
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(width))
-        self.v_bias = nn.Parameter(torch.zeros(width))
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, last: int | None = None) -> Tensor:
-        """[B, L, D] to [B, L, D]; with last given, what only the last so many tokens see: [B, last, D]."""
-        batch, length, width = x.shape
-        bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-        qkv = functional.linear(x, self.qkv.weight, bias)
-        # split along the last axis: its backward joins the three gradients in one copy, where that of a permute takes
-        # two
-        q, k, v = (part.view(batch, length, self.heads, -1).transpose(1, 2) for part in qkv.split(width, dim=-1))
-        if last is not None:
-            q = q[:, :, -last:]
-        mixed = functional.scaled_dot_product_attention(q, k, v)  # [B, A, L or last, width / A]
-        return self.proj(mixed.transpose(1, 2).reshape(batch, -1, width))
-
-
-class Mlp(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert self.fc1.bias is not None
-        return self.fc2(kernels.bias_gelu(functional.linear(x, self.fc1.weight), self.fc1.bias))
-
-
-class DropPath(nn.Module):
-    """Drop a residual branch for whole clips with this probability, and divide the survivors by its complement."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        check(0 <= rate < 1, f"drop path rate must be in [0, 1); got {rate}")
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.rate == 0:
-            return x
-        keep = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= self.rate
-        return x * keep.to(x.dtype) / (1 - self.rate)
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block. What its second branch gives is added by whoever reads it, in the next norm's
-    kernel."""
-
-    def __init__(self, width: int, heads: int, drop_path: float = 0.0) -> None:
-        super().__init__()
-        self.norm1 = LayerNorm(width)
-        self.attn = Attention(width, heads)
-        self.norm2 = LayerNorm(width)
-        self.mlp = Mlp(width)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor, branch: Tensor | None, last: int | None = None) -> tuple[Tensor, Tensor]:
-        """From x + branch (or x) to x and branch, both [B, L, D], or [B, last, D] with last given."""
-        normed, x = self.norm1.add(branch, x)
-        mixed = self.drop_path(self.attn(normed, last))
-        normed, x = self.norm2.add(mixed, x if last is None else x[:, -last:].contiguous())
-        return x, self.drop_path(self.mlp(normed))
-
-
-class Blocks(nn.ModuleList):
-    """Blocks in sequence; with recompute set, each keeps only its input for the backward pass."""
-
-    def __init__(self, width: int, depth: int, heads: int, drop_path: float = 0.0) -> None:
-        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        super().__init__(Block(width, heads, rate) for rate in rates)
-        self.recompute = False
-
-    def forward(self, x: Tensor, norm: LayerNorm | None = None, last: int | None = None) -> Tensor:
-        """x after every block, and after norm where it is given.
-
-        With last given, the last block's queries, MLP and second norm are computed for its last so many tokens only.
-        """
-        branch = None
-        for i, block in enumerate(self):
-            wanted = last if i == len(self) - 1 else None
-            if self.recompute and torch.is_grad_enabled():
-                # added up here: one tensor to keep for each block, not two
-                x = x if branch is None else x + branch
-                x, branch = checkpoint(block, x, None, wanted, use_reentrant=False)
-            else:
-                x, branch = block(x, branch, wanted)
-        if norm is not None:
-            return norm.add(branch, x)[0]
-        return x if branch is None else x + branch
-
-
 class PatchEmbed(nn.Module):
     """Holds the cube embedding's weights in a Conv3d, for its layout and its initialisation; `kernels.cube_embed` uses
     them."""
@@ -238,21 +120,28 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Blocks over the whole sequence; norm and head over its last num_masked tokens."""
+    """Blocks over the whole sequence; norm and head over its last num_predicted tokens.
+
+    short_last_layer: the last block's queries, MLP and second norm are computed for those tokens only, which changes
+    nothing in what they become.
+    """
 
     def __init__(self, size: Size, depth: int, cube_values: int) -> None:
         super().__init__()
         self.blocks = Blocks(size.decoder_width, depth, size.decoder_heads)
         self.norm = LayerNorm(size.decoder_width)
         self.head = nn.Linear(size.decoder_width, cube_values)
+        self.short_last_layer = True
         self.apply(_init_linear_xavier)
 
-    def forward(self, x: Tensor, num_masked: int) -> Tensor:
-        return self.head(self.blocks(x, self.norm, num_masked))
+    def forward(self, x: Tensor, num_predicted: int) -> Tensor:
+        if self.short_last_layer:
+            return self.head(self.blocks(x, self.norm, num_predicted))
+        return self.head(self.norm(self.blocks(x)[:, -num_predicted:]))
 
 
 class VideoMAE(nn.Module):
-    """Encoder over visible cubes, decoder over all, prediction for the masked ones."""
+    """Encoder over visible cubes, decoder over these and the mask's decoded ones, prediction for its predicted ones."""
 
     decoder_positions: Tensor
 
@@ -269,7 +158,7 @@ class VideoMAE(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def forward(self, frames: Tensor, mask: Mask) -> Tensor:
-        """The predicted (normalised) pixels of the masked cubes, [B, M, dt*dy*dx*C], channel fastest.
+        """The (normalised) pixels of the mask's predicted cubes, [B, P, dt*dy*dx*C], channel fastest.
 
         frames: uint8 [B, T, H, W, C], or floating point and already normalised. ValueError when frames or mask do not
         fit the model.
@@ -284,8 +173,8 @@ class VideoMAE(nn.Module):
         visible = self.encoder_to_decoder(self.encoder(frames, mask.visible))
         # in the activations' dtype (RECIPES A.2): a row is read for every token, at a rate that float32 would halve
         positions = self.decoder_positions.to(visible.dtype)
-        sequence = kernels.decoder_input(visible, self.mask_token.flatten(), positions, mask.visible, mask.masked)
-        return self.decoder(sequence, mask.masked.shape[1])
+        sequence = kernels.decoder_input(visible, self.mask_token.flatten(), positions, mask.visible, mask.decoded)
+        return self.decoder(sequence, mask.predicted.shape[1])
 
 
 def _init_linear_xavier(module: nn.Module) -> None:
@@ -293,13 +182,6 @@ def _init_linear_xavier(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def set_recompute(model: nn.Module, recompute: bool) -> None:
-    """Trade time for memory: every block recomputes its activations in the backward pass."""
-    for module in model.modules():
-        if isinstance(module, Blocks):
-            module.recompute = recompute
 
 
 def size_of(name: str) -> Size:

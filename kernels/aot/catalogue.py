@@ -27,6 +27,7 @@ from kernels.layer_norm import _backward as layer_norm_backward
 from kernels.layer_norm import _forward as layer_norm_forward
 from kernels.pixel_loss import _forward as pixel_loss_forward
 from kernels.pixel_loss import _rescale as pixel_loss_rescale
+from kernels.split_heads import _join as split_heads_join
 from kernels.tiles import Target, assuming, measured_on
 from videomae.model import SIZES, Size
 
@@ -77,14 +78,20 @@ def _pixel_ops(size: Size, visible: int, dtype: torch.dtype) -> None:
 
 
 def _block_ops(width: int, heads: int, tokens: int, attention: bool, dtype: torch.dtype) -> None:
-    """Norms with and without a residual, bias and GELU, and attention of one transformer block."""
+    """Norms, bias and GELU, the gradients of q, k and v, and attention of one transformer block."""
     x, weight = _empty(BATCH * tokens, width, dtype=dtype), _empty(width, dtype=torch.float32)
-    for residual in (x, None):
-        _, _, mean, rstd = layer_norm_forward(x, residual, weight, weight, 1e-6)
-        layer_norm_backward(x, residual, x, weight, mean, rstd)
+    # after a branch with its bias, after one that drop path has added it to, and the first norm, after none
+    for residual, x_bias in ((x, weight), (x, None), (None, None)):
+        _, _, mean, rstd = layer_norm_forward(x, residual, weight, weight, 1e-6, x_bias)
+    # of the last norm nobody reads the sum
+    for ds in (x, None):
+        for num_sums in (3, 2):
+            layer_norm_backward(x, ds, x, weight, mean, rstd, num_sums)
     hidden, bias = _empty(BATCH * tokens, 4 * width, dtype=dtype), _empty(4 * width, dtype=torch.float32)
     bias_gelu_forward(hidden, bias)
     bias_gelu_backward(hidden, hidden, bias)
+    split = _empty(BATCH, tokens, heads, width // heads, dtype=dtype)
+    split_heads_join(split, split, split)
     if attention:
         qkv = _empty(BATCH, tokens, 3, heads, width // heads, dtype=dtype)
         out, lse = attention_forward(qkv)

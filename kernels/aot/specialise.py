@@ -22,7 +22,13 @@ TYPES = {
     torch.int32: "i32",
 }  # fmt: skip
 # the constants that tell one specialisation of a module's kernels from another
-NAMED = {"attention": ("d", "ROWS"), "decoder_input": ("BLOCK",), "layer_norm": ("BLOCK",), "cube_embed": ("ROWS",)}
+NAMED = {
+    "attention": ("d", "ROWS"),
+    "cube_embed": ("ROWS",),
+    "decoder_input": ("BLOCK",),
+    "layer_norm": ("BLOCK",),
+    "split_heads": ("d", "BLOCK"),
+}
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TENSOR_CORE = {"HMMA": "HMMA", "HGMMA": "HGMMA", "UTCHMMA": "tcgen05"}
 

@@ -1,19 +1,26 @@
 """bench.gpu and the benches' rows on a CPU, at tiny shapes: everything but the clock and the kernels is the same."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from bench import gpu
+from bench import gpu, gpu_steps
 from bench.compare import Result, Setting, Work, checked, results
+from bench.gpu import Task
 from bench.issue import straight_count
-from bench.report import Ceilings, Report, goals, markdown
+from bench.page import Ceilings
+from bench.report import Report, goals, markdown
 from bench.shapes import TINY, shape_of
+from bench.step_results import FirstStep
 from bench.timing import Timing
 
 SETTING = Setting.cpu()
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(gpu.ROOT)}
 # no kernels of these on a CPU
 ABSENT = {"cudnn", "efficient"}
 
@@ -82,7 +89,7 @@ def test_sections_are_independent_and_written(tmp_path, found, capsys):
     def fails():
         raise RuntimeError("on purpose")
 
-    planned = {"bad": fails, "good": lambda: report.results.extend(found["cube_embed"])}
+    planned = {"bad": Task(fails), "good": Task(lambda: report.results.extend(found["cube_embed"]), 12)}
     gpu.run_sections(planned, report, tmp_path, 1.0)
     assert [(s.name, s.status) for s in report.sections] == [("bad", "failed"), ("good", "done")]
     page = (tmp_path / "ops.md").read_text()
@@ -90,6 +97,7 @@ def test_sections_are_independent_and_written(tmp_path, found, capsys):
     assert "on purpose" in page
     assert "Traceback" in page
     assert "cube_embed tiny" in page
+    assert "| good | done | 12 |" in page
     raw = json.loads((tmp_path / "ops.json").read_text())
     assert len(raw["results"]) == len(found["cube_embed"])
     assert json.loads((tmp_path / "environment.json").read_text())["torch"] == torch.__version__
@@ -97,9 +105,103 @@ def test_sections_are_independent_and_written(tmp_path, found, capsys):
 
 def test_sections_are_skipped_by_name_when_time_is_over(tmp_path):
     report = Report({})
-    gpu.run_sections({"late": lambda: pytest.fail("must not run")}, report, tmp_path, -1.0)
+    gpu.run_sections({"late": Task(lambda: pytest.fail("must not run"))}, report, tmp_path, -1.0)
     assert [(s.name, s.status) for s in report.sections] == [("late", "skipped")]
     assert "### late: skipped" in (tmp_path / "ops.md").read_text()
+
+
+def test_a_section_that_would_end_long_after_the_time_is_skipped_and_a_shorter_one_is_not(tmp_path):
+    report, ran = Report({}), []
+    planned = {
+        "long": Task(lambda: ran.append("long"), 60 + gpu.OVERRUN + 1),
+        "short": Task(lambda: ran.append("short"), 60 + gpu.OVERRUN - 1),
+    }
+    gpu.run_sections(planned, report, tmp_path, 1.0)
+    assert ran == ["short"]
+    assert [(s.name, s.status, s.expected) for s in report.sections] == [
+        ("long", "skipped", 60 + gpu.OVERRUN + 1),
+        ("short", "done", 60 + gpu.OVERRUN - 1),
+    ]
+    assert report.sections[0].detail == "of 1 minutes 60 s were left"
+
+
+def test_a_device_that_a_kernel_broke_does_not_keep_results_from_being_written(tmp_path, monkeypatch):
+    def broken():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", broken)
+    report = Report({})
+    gpu.run_sections({"bad": Task(broken), "late": Task(lambda: None)}, report, tmp_path, 1.0)
+    assert [
+        (s["name"], s["status"], s["left"]) for s in json.loads((tmp_path / "ops.json").read_text())["sections"]
+    ] == [
+        ("bad", "failed", None),
+        ("late", "done", None),
+    ]
+
+
+def test_what_matters_most_comes_first():
+    report = Report({})
+    names = [*gpu.GROUPS["tests"], "ceilings", *gpu.STEPS, "attention", "layer_norm"]
+    step_shapes = [shape_of(size) for size in gpu.STEP_SIZES]
+    planned = gpu.sections(names, report, gpu.ROOT, step_shapes[:2], SETTING, 8.0, step_shapes=step_shapes)
+    assert list(planned) == [
+        *("tests", "ceilings", "step vit_base", "parts vit_base", "profile vit_base", "compiled vit_base"),
+        *("attention vit_base", "attention vit_large", "layer_norm vit_base", "layer_norm vit_large"),
+        *("step vit_large", "memory vit_base", "depth vit_base", "first_step vit_base"),
+        *("step vit_small", "step vit_huge", "compiled vit_large"),
+    ]
+    assert all(task.seconds > 0 for task in planned.values())
+    assert planned["tests"].seconds == pytest.approx(8 * 60 * gpu.TESTS_SHARE)
+    assert planned["compiled vit_large"].seconds > planned["compiled vit_base"].seconds
+    # alone and late, every section but the tests ends within what one command may take
+    assert max(task.seconds for task in planned.values()) < 480 + gpu.OVERRUN
+
+
+def test_the_command_runs_sections_of_steps(tmp_path, monkeypatch, capsys):
+    """On a CPU that is said to be a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(Setting, "gpu", Setting.cpu)
+    monkeypatch.setattr(gpu_steps, "MOST_CLIPS", 1)
+    monkeypatch.setattr(gpu_steps, "COMPARED", 1)
+    real = gpu.measure_ceilings
+    monkeypatch.setattr(gpu, "measure_ceilings", lambda device: real(device, copy_bytes=1 << 16, side=64))
+    monkeypatch.setattr(gpu, "first_step", lambda size, clips, attention: FirstStep(size, clips, attention, 1, 2, 3, 4))
+    commands = []
+
+    def profile(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 2, stderr="bench.step_profile needs a CUDA GPU")
+
+    monkeypatch.setattr(gpu, "_output", lambda *_: None)
+    monkeypatch.setattr(gpu.subprocess, "run", profile)
+    only = "ceilings,parts,profile,first_step"
+    assert gpu.main(["--only", only, "--sizes", "vit_tiny", "--out", str(tmp_path)]) == 1
+    raw = json.loads((tmp_path / "step.json").read_text())
+    names = ("ceilings", "parts vit_tiny", "profile vit_tiny", "first_step vit_tiny")
+    assert [s["name"] for s in raw["sections"]] == list(names)
+    assert [s["status"] for s in raw["sections"]] == ["done", "done", "failed", "done"]
+    assert "bench.step_profile needs a CUDA GPU" in raw["sections"][2]["detail"]
+    assert commands[0][1:] == [
+        *("-m", "bench.step_profile", str(tmp_path / "profile.md")),
+        *("--size", "vit_tiny", "--clips", "1", "--attention", "auto"),
+    ]
+    assert raw["parts"][0]["floors"]["decoder"] > 0
+    assert not (tmp_path / "ops.md").exists()
+    assert (tmp_path / "step_parts.png").exists()
+    assert raw["first_steps"][0]["engine"] == "auto"
+    assert "met         vit_tiny, 1 clips, auto" in capsys.readouterr().out
+
+
+def test_it_imports_without_what_a_machine_for_measuring_may_lack(tmp_path):
+    absent = ("tyro", "decord", "av", "tensorboard", "flash_attn", "xformers", "matplotlib", "transformers")
+    code = f"import sys\nfor name in {absent}:\n    sys.modules[name] = None\n"
+    code += "import bench.gpu, bench.first_step, bench.step_profile, bench.plot_step, bench.bench_traffic\n"
+    code += "print('imported'); sys.exit(bench.step_profile.main(['profile.md']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.stdout == "imported\n", done.stderr
+    assert done.returncode == (0 if torch.cuda.is_available() else 2)
 
 
 def test_planned_sections_run_on_a_cpu(tmp_path, monkeypatch):
@@ -131,7 +233,7 @@ def test_without_a_gpu_it_says_so(capsys):
 def test_unknown_sections_are_refused(capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--only", "tests,nonsense"])
-    assert "'nonsense' is none of tests, ceilings, ops" in capsys.readouterr().err
+    assert "'nonsense' is none of tests, ceilings, steps, ops, step, parts" in capsys.readouterr().err
 
 
 def result(op, part, contender, us, **more):

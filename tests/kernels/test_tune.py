@@ -51,7 +51,10 @@ def test_what_no_kernel_can_take_is_not_valid(tile):
 def test_jobs_cover_every_op_that_asks_for_a_tile():
     ops = {job.op for job in jobs(TINY, TARGETS[1], CPU)}
     pairs = ("cube_embed", "decoder_input", "layer_norm", "bias_gelu", "attention")
-    assert ops == {f"{op}.{part}" for op in pairs for part in ("forward", "backward")} | {"pixel_loss"}
+    assert ops == {f"{op}.{part}" for op in pairs for part in ("forward", "backward")} | {
+        "pixel_loss",
+        "split_heads.backward",
+    }
 
 
 def test_the_op_asks_for_the_tile_under_the_jobs_key(monkeypatch):
@@ -63,7 +66,7 @@ def test_the_op_asks_for_the_tile_under_the_jobs_key(monkeypatch):
         return real(op, default, device, dtype, **sizes)
 
     real = tiles.tile
-    for name in ("cube_embed", "decoder_input", "pixel_loss", "layer_norm", "bias_gelu", "attention"):
+    for name in ("cube_embed", "decoder_input", "pixel_loss", "layer_norm", "bias_gelu", "attention", "split_heads"):
         monkeypatch.setattr(import_module(f"kernels.{name}"), "tile", spy)
     for job in jobs(TINY, TARGETS[1], CPU):
         with recording():

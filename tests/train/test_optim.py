@@ -69,7 +69,9 @@ def test_updates_as_adamw_does():
         reference.zero_grad()
         for half in (x[:2], x[2:]):
             (model(half).square().mean() / 2 * updater.loss_scale).backward()
-        stats = updater.step(step, torch.zeros(()))
+        updater.set_rate(step)
+        stats = updater.step(torch.zeros(()))
+        updater.optimizer.zero_grad()
         assert stats.nonfinite == 0
         torch.testing.assert_close(model.weight, twin.weight)
 
@@ -78,20 +80,23 @@ def test_updates_as_adamw_does():
 def test_a_step_that_is_not_finite_changes_nothing(bad):
     model, updater = small(Optim(clip_grad=1.0))
     (model(torch.randn(4, 3)).sum() * updater.loss_scale).backward()
-    updater.step(0, torch.zeros(()))
+    updater.set_rate(0)
+    updater.step(torch.zeros(()))
+    updater.optimizer.zero_grad()
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     moments = updater.optimizer.state[model.weight]["exp_avg"].clone()
     count = updater.optimizer.state[model.weight]["step"].clone()
     ((model(torch.randn(4, 3)) * torch.tensor([1.0, bad])).sum() * updater.loss_scale).backward()
-    stats = updater.step(1, torch.zeros(()))
+    stats = updater.step(torch.zeros(()))
     assert stats.nonfinite == 1
     assert not stats.grad_norm.isfinite()
     for name, value in model.state_dict().items():
         assert torch.equal(value, weights[name])
     assert torch.equal(updater.optimizer.state[model.weight]["exp_avg"], moments)
     assert torch.equal(updater.optimizer.state[model.weight]["step"], count)
+    updater.optimizer.zero_grad()
     (model(torch.randn(4, 3)).sum() * updater.loss_scale).backward()
-    assert updater.step(2, torch.zeros(())).nonfinite == 0
+    assert updater.step(torch.zeros(())).nonfinite == 0
     assert not torch.equal(model.weight, weights["weight"])
 
 
@@ -99,9 +104,10 @@ def test_a_loss_that_is_not_finite_counts_even_if_its_gradient_is_and_so_does_a_
     model, updater = small()
     before = model.weight.clone()
     (model(torch.randn(4, 3)).sum() * updater.loss_scale).backward()
-    assert updater.step(0, torch.tensor(float("inf"))).nonfinite == 1
+    updater.set_rate(0)
+    assert updater.step(torch.tensor(float("inf"))).nonfinite == 1
     (model(torch.randn(4, 3)).sum() * 0 * updater.loss_scale).backward()
-    assert updater.step(1, torch.zeros(()), skip=True).nonfinite == 0
+    assert updater.step(torch.zeros(()), skip=True).nonfinite == 0
     assert torch.equal(model.weight, before)
 
 
@@ -109,7 +115,7 @@ def test_clips_the_norm_and_reports_it_unclipped():
     model, updater = small(Optim(clip_grad=1e-3))
     (model(torch.ones(1, 3)).sum() * 100 * updater.loss_scale).backward()
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
-    assert updater.step(0, torch.zeros(())).grad_norm.item() == pytest.approx(norm.item())
+    assert updater.step(torch.zeros(())).grad_norm.item() == pytest.approx(norm.item())
     # AdamW's first moment is a tenth of the clipped gradient
     moment = torch.cat([updater.optimizer.state[p]["exp_avg"].flatten() for p in model.parameters()]).norm()
     assert moment.item() == pytest.approx(1e-4, rel=1e-3)
@@ -119,7 +125,7 @@ def test_grad_factor_scales_gradients():
     model, updater = small()
     (model(torch.ones(1, 3)).sum() * updater.loss_scale).backward()
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
-    assert updater.step(0, torch.zeros(()), grad_factor=4.0).grad_norm.item() == pytest.approx(4 * norm.item())
+    assert updater.step(torch.zeros(()), grad_factor=4.0).grad_norm.item() == pytest.approx(4 * norm.item())
 
 
 def test_float16_scales_the_loss_and_takes_it_out_of_the_gradients():
@@ -132,7 +138,7 @@ def test_float16_scales_the_loss_and_takes_it_out_of_the_gradients():
     twin(x).square().mean().backward()
     torch.testing.assert_close(model.weight.grad, twin.weight.grad * 65536)
     norm = torch.cat([p.grad.flatten() for p in twin.parameters()]).norm()
-    assert updater.step(0, torch.zeros(())).grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)
+    assert updater.step(torch.zeros(())).grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)
 
 
 def test_precision_is_resolved_by_device():

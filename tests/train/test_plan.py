@@ -1,72 +1,48 @@
-"""How a batch is cut into micro-batches, and whether the memory estimate deserves its name."""
+"""How a batch is cut into micro-batches, and what this machine has."""
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from train.plan import available_cpus, clip_bytes, free_memory, pick_device, plan_batch
+from train.memory import Workload, estimate
+from train.plan import available_cpus, free_memory, main, pick_device, plan_batch
+from videomae.blocks import RECOMPUTE
+from videomae.masking import counts
 from videomae.model import SIZES, Input
+
+GRID = (8, 14, 14)
+WORK = Workload(SIZES["vit_base"], Input(), counts("tube", GRID, 0.9), 4, 94_210_944)
 
 
 def test_takes_the_whole_batch_when_it_fits():
-    plan = plan_batch(256, per_clip=10, fixed=0, free=10_000)
-    assert (plan.micro_batch, plan.accumulation) == (256, 1)
+    plan = plan_batch(256, WORK, budget=1 << 50)
+    assert (plan.micro_batch, plan.accumulation, plan.fits) == (256, 1, True)
+    assert plan.peak_bytes == estimate(WORK, 256).peak
 
 
 @pytest.mark.parametrize(
-    ("clips", "most", "micro"), [(2048, 100, 64), (192, 50, 48), (7, 3, 1), (12, 5, 4), (1024, 1, 1), (1024, 0, 1)]
+    ("clips", "most", "micro"), [(2048, 100, 64), (192, 50, 48), (7, 3, 1), (12, 5, 4), (1024, 1, 1)]
 )
 def test_accumulates_in_equal_parts_that_fit(clips, most, micro):
-    plan = plan_batch(clips, per_clip=1000, fixed=500, free=2 * (500 + most * 1000))
-    assert (plan.micro_batch, plan.accumulation) == (micro, clips // micro)
+    work = replace(WORK, accumulates=True)
+    plan = plan_batch(clips, WORK, budget=estimate(work, most).peak)
+    assert (plan.micro_batch, plan.accumulation, plan.fits) == (micro, clips // micro, True)
+    assert plan.peak_bytes == estimate(work, micro).peak
+
+
+def test_takes_one_clip_at_a_time_where_not_even_one_fits_and_says_so():
+    plan = plan_batch(12, WORK, budget=10)
+    assert (plan.micro_batch, plan.fits) == (1, False)
 
 
 def test_takes_a_micro_batch_by_hand_and_refuses_one_that_does_not_divide():
-    assert plan_batch(12, per_clip=1, fixed=0, free=0, micro_batch=3).accumulation == 4
+    assert plan_batch(12, WORK, budget=0, micro_batch=3).accumulation == 4
     with pytest.raises(ValueError, match="micro-batch 5 does not divide a step's 12 clips"):
-        plan_batch(12, per_clip=1, fixed=0, free=0, micro_batch=5)
-
-
-def test_estimates_what_a_step_keeps(tmp_path):
-    """Saved tensors of ViT-S, counted by autograd's own hooks: within a third of the estimate."""
-    import kernels
-    import videomae
-    from videomae import masking
-
-    torch.manual_seed(0)
-    model = videomae.pretrain_model("vit_small", frames=8, image_size=112)
-    frames = torch.randint(0, 256, (2, 8, 112, 112, 3), dtype=torch.uint8)
-    mask = masking.tube(model.input.grid, 0.9, keys=torch.arange(2))
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def keep(x):
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        loss = kernels.pixel_loss(model(frames, mask), frames, mask.masked)
-        estimate = 2 * clip_bytes(
-            SIZES["vit_small"],
-            model.input,
-            num_masked=mask.masked.shape[1],
-            decoder_depth=4,
-            recompute=False,
-            bytes_each=4,
-        )
-        assert loss.requires_grad
-    assert sum(kept.values()) == pytest.approx(estimate, rel=0.33)
-
-
-def test_recomputing_needs_less():
-    sizes = {"num_masked": 1408, "decoder_depth": 12, "bytes_each": 2}
-    plain, recomputed = (clip_bytes(SIZES["vit_huge"], Input(), recompute=r, **sizes) for r in (False, True))
-    assert recomputed < plain / 5
+        plan_batch(12, WORK, budget=0, micro_batch=5)
 
 
 def test_refuses_a_gpu_that_is_not_there():
@@ -86,3 +62,17 @@ def test_sees_this_process_cores_and_memory():
             ["taskset", "-c", "0", sys.executable, "-c", code], capture_output=True, text=True, check=True
         )
         assert out.stdout.strip() == "1"
+
+
+def test_the_command_says_what_a_recipe_takes_without_a_gpu(capsys):
+    assert main(["k400-huge-1600", "--gpu-memory", "80", "--model.frames", "32", "--model.image-size", "320"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "k400-huge-1600: vit_huge, decoder depth 12, 692.5 M parameters, 32 x 320 x 320"
+    assert printed[1].startswith("640 of 6400 cubes visible, 6400 tokens in the decoder; bfloat16; a step may take 68")
+    most = {line.split()[0]: int(line.split()[3]) for line in printed[4:]}
+    assert list(most) == list(RECOMPUTE)
+    assert most["none"] < most["norms"] < most["mlp"] < most["block"]
+    assert main(["k400-huge-1600", "--gpu-memory", "8"]) == 0
+    assert "too large" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--gpu-memory", "much"])

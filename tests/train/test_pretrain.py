@@ -187,8 +187,9 @@ def test_resumes_from_a_checkpoint_elsewhere(videos, tmp_path):
         (["--seed", "3"], "seed: 0 -> 3"),
         (["--mask.ratio", "0.75"], "mask.ratio: 0.5 -> 0.75"),
         (["--batch-size", "3"], "batch_size: 6 -> 3"),
+        (["--decoder-ratio", "0.25"], "decoder_ratio: 0.5 -> 0.25"),
     ],
-    ids=["seed", "mask", "batch"],
+    ids=["seed", "mask", "batch", "decoder's mask"],
 )
 def test_refuses_to_go_on_with_other_settings(videos, tmp_path, capsys, flags, says):
     run(videos, tmp_path / "run", "--steps", 2)
@@ -215,8 +216,16 @@ def test_refuses_to_go_on_with_other_videos(videos, tmp_path, capsys):
         (["demo", "--steps", "5", "--epochs", "2"], "not both"),
         (["demo", "--device", "cuda"], "no GPU"),
         (["demo", "--precision", "float16", "--device", "cpu"], "needs a GPU"),
+        (["demo", "--engine", "graph", "--device", "cpu"], "--engine graph captures CUDA graphs and needs a GPU"),
+        (["demo", "--engine", "compile", "--model.recompute", "norms"], "--engine compile chooses by itself"),
+        (["demo", "--attention", "flash"], "attention must be auto, flash-attn"),
+        (["demo", "--attention", "xformers", "--device", "cpu"], "needs a CUDA GPU"),
+        (["demo", "--decoder-mask", "running-cell", "--mask.kind", "frame"], "needs a tube mask"),
     ],
-    ids=["data", "no data", "resume", "two lengths", "no gpu", "float16"],
+    ids=[
+        *("data", "no data", "resume", "two lengths", "no gpu", "float16"),
+        *("graph", "compile", "attention", "attention's device", "decoder's mask"),
+    ],
 )
 def test_refuses_in_one_line(flags, says, capsys, tmp_path, monkeypatch):
     if "cuda" in flags and torch.cuda.is_available():
@@ -308,6 +317,53 @@ def test_trains_with_other_masks_and_plain_pixels(videos, tmp_path):
     assert run(videos, tmp_path / "random", "--steps", 2, "--mask.kind", "random", "--target.normalize", "false") == 0
     # pixels in [0, 1] have a smaller error than normalised ones
     assert metrics(tmp_path / "random")[-1]["loss"] < 0.6
+
+
+def test_trains_with_dual_masking_and_goes_on_from_its_checkpoint(videos, tmp_path, capsys):
+    flags = ("--model.frames", 8, "--decoder-mask", "running-cell", "--checkpoint.every", 2)
+    assert run(videos, tmp_path / "whole", "--steps", 4, *flags) == 0
+    # 4 slots of 2 x 2 cubes, half of them hidden, of which the decoder keeps half
+    assert "tube mask hides 8 of 16 cubes; running-cell leaves 4 of them to predict" in capsys.readouterr().out
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    shutil.rmtree(tmp_path / "part/checkpoints/step_4")
+    assert run(videos, tmp_path / "part", "--steps", 4, *flags) == 0
+    assert_same(weights(tmp_path / "whole", 4), weights(tmp_path / "part", 4))
+    assert 0.3 < metrics(tmp_path / "part")[-1]["loss"] < 3
+
+
+def test_how_a_step_is_computed_changes_nothing_but_rounding_and_may_change_within_a_run(videos, tmp_path):
+    ways = {
+        "plain": (),
+        "norms": ("--model.recompute", "norms"),
+        "mlp": ("--model.recompute", "mlp"),
+        "block": ("--model.recompute", "block"),
+        "long": ("--model.short-last-layer", "false"),
+        "triton": ("--attention", "triton"),
+    }
+    for name, flags in ways.items():
+        assert run(videos, tmp_path / name, "--steps", 2, *flags) == 0
+    losses = [metrics(tmp_path / name)[-1]["loss"] for name in ways]
+    assert losses == pytest.approx([losses[0]] * len(ways), rel=1e-5)
+    assert run(videos, tmp_path / "plain", "--steps", 4, *ways["block"]) == 0
+    assert "attention" in json.loads((tmp_path / "triton/config.json").read_text())["plan"]
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_run_has_the_losses_of_an_eager_one(videos, tmp_path):
+    for engine in ("eager", "compile"):
+        assert run(videos, tmp_path / engine, "--steps", 6, "--engine", engine) == 0
+    losses = [[line["loss"] for line in metrics(tmp_path / engine)] for engine in ("eager", "compile")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_goes_on_from_a_checkpoint_that_knew_fewer_settings(videos, tmp_path):
+    run(videos, tmp_path / "run", "--steps", 2)
+    path = tmp_path / "run/checkpoints/step_2/state.pt"
+    state = torch.load(path, weights_only=True)
+    del state["config"]["decoder_mask"], state["config"]["engine"]
+    torch.save(state, path)
+    assert run(videos, tmp_path / "run", "--steps", 4) == 0
 
 
 @pytest.mark.long

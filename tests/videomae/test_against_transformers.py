@@ -11,7 +11,7 @@ import kernels
 import videomae
 from kernels.launch import IMAGENET_MEAN, IMAGENET_STD
 from videomae import hugging_face, masking
-from videomae.model import NORM_EPS
+from videomae.blocks import NORM_EPS
 from videomae.weights import save_hugging_face
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

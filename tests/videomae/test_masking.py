@@ -121,3 +121,37 @@ def test_refuses_to_draw_from_nowhere():
         masking.tube(GRID, 0.9, keys=torch.zeros(2))
     with pytest.raises(ValueError, match="one of tube, random, frame"):
         masking.make("cell", GRID, 0.9, torch.arange(2))
+
+
+def test_decodes_and_predicts_what_is_masked_unless_told_otherwise():
+    mask = masking.make("tube", GRID, 0.9, torch.arange(2))
+    assert mask.decoded is mask.predicted is mask.masked
+    moved = mask.to("meta")
+    assert moved.decoded is moved.predicted is moved.masked
+    assert moved.masked.is_meta
+    assert moved.visible.is_meta
+    assert (
+        masking.counts("tube", GRID, 0.9) == masking.counts("tube", GRID, 0.9, "none", 0.3) == (160, 1408, 1408, 1408)
+    )
+
+
+def test_moves_all_of_its_parts():
+    parts = [torch.arange(n).expand(2, n) for n in (3, 5, 4, 2)]
+    moved = Mask(*parts).to("meta")
+    for part, expected in zip((moved.visible, moved.masked, moved.decoded, moved.predicted), parts, strict=True):
+        assert part.is_meta
+        assert part.shape == expected.shape
+    assert moved.num_cubes == 8
+
+
+@pytest.mark.parametrize(
+    ("decoded", "predicted"),
+    [((2, 4), (2, 5)), ((2, 9), (2, 6)), ((3, 4), (3, 2)), ((2, 4), (1, 2)), ((4,), (2,)), ((2, 4), (2, 0))],
+    ids=["more than decoded", "more than masked", "clips", "clips of one", "axes", "none"],
+)
+def test_refuses_parts_that_do_not_fit_together(decoded, predicted):
+    visible, masked = torch.zeros(2, 3), torch.zeros(2, 5)
+    with pytest.raises(ValueError, match=r"with masked \(2, 5\); got"):
+        Mask(visible, masked, torch.zeros(decoded), torch.zeros(predicted))
+    with pytest.raises(ValueError, match="both decoded and predicted, or neither"):
+        Mask(visible, masked, torch.zeros(decoded))

@@ -7,7 +7,7 @@ import kernels
 import videomae
 from kernels import launch
 from videomae import masking
-from videomae.model import set_recompute
+from videomae.blocks import RECOMPUTE, set_recompute
 
 # 4 x 32 x 32, cubes of 2 x 8 x 8: 32 cubes, of which 24 are hidden
 SIZES = {"frames": 4, "image_size": 32, "cube": (2, 8, 8)}
@@ -35,7 +35,7 @@ def assert_same(got, wanted):
         torch.testing.assert_close(got[name].cpu(), truth.cpu(), atol=2e-5 * truth.abs().max().item(), rtol=1e-3)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_pretraining(recompute, kernel_device, monkeypatch):
     torch.manual_seed(0)
     model = videomae.pretrain_model("vit_tiny", decoder_depth=2, **SIZES)
@@ -76,3 +76,18 @@ def test_every_op_of_a_pretraining_step_runs_its_kernel(kernel_device, monkeypat
     # two encoder blocks, one decoder block, two final norms; forward and backward
     counts = {op: started.count(op) for op in set(started)}
     assert counts == {"cube_embed": 4, "decoder_input": 2, "pixel_loss": 2, "layer_norm": 16, "bias_gelu": 6}
+
+
+def test_the_next_norm_adds_every_bias_of_a_branch(kernel_device, monkeypatch):
+    model = videomae.pretrain_model("vit_tiny", frames=4, image_size=32, decoder_depth=1).to(kernel_device)
+    added, layer_norm = [], kernels.layer_norm
+
+    def listed(x, residual, weight, bias, eps, x_bias=None):
+        added.append(x_bias)
+        return layer_norm(x, residual, weight, bias, eps, x_bias)
+
+    monkeypatch.setattr(kernels, "layer_norm", listed)
+    mask = masking.random(model.input.grid, 0.5, keys=torch.arange(2)).to(kernel_device)
+    model(torch.zeros(2, 4, 32, 32, 3, dtype=torch.uint8, device=kernel_device), mask)
+    biases = [p for name, p in model.named_parameters() if name.endswith(("attn.proj.bias", "mlp.fc2.bias"))]
+    assert {id(bias) for bias in added if bias is not None} == {id(bias) for bias in biases}

@@ -1,0 +1,183 @@
+"""How the device runs a step: kernel by kernel (eager), compiled by torch.compile, or as captured CUDA graphs.
+
+All take the same calls, `micro_batch` for every part of a step and then `update`, and give the same losses within
+rounding. A graph replays the whole step, masks and optimiser included, with three starts from Python instead of
+thousands; torch.compile fuses what PyTorch left apart.
+"""
+
+import gc
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from kernels.launch import check
+from train.optim import Updater
+
+EngineName = Literal["eager", "compile", "graph"]
+# the first steps of a run, which a graph is not captured from: they compile kernels and make the optimiser's state
+WARM_UP = 3
+
+Objective = Callable[..., Tensor]  # (scale=, **inputs) -> scalar loss times scale
+
+
+class Engine:
+    """Kernel by kernel."""
+
+    # whether every call must bring the same inputs, in the same shapes
+    fixed = False
+
+    def __init__(self, objective: Objective, updater: Updater) -> None:
+        self._objective, self._updater = objective, updater
+        self._loss = torch.zeros((), device=updater.device)
+        self._begins = True  # whether the next micro-batch is a step's first
+
+    def micro_batch(self, inputs: Mapping[str, Tensor], share: float) -> None:
+        """Add up gradients and loss of a part of the step: the objective of these inputs, times share."""
+        self._forward_backward(inputs, share, first=self._begins)
+        self._begins = False
+
+    def update(self, step: int, *, grad_factor: float = 1.0, skip: bool = False) -> Tensor:
+        """New weights by the schedule's rate for this step, gradients times grad_factor; skip: the weights stay.
+
+        Returns [loss, gradient norm, 1.0 if one of them was not finite and the weights stayed], on the device.
+        """
+        self._updater.set_rate(step)
+        values = self._step(grad_factor, skip)
+        self._updater.optimizer.zero_grad(set_to_none=True)
+        self._begins = True
+        return values
+
+    def _forward_backward(self, inputs: Mapping[str, Tensor], share: float | Tensor, first: bool) -> None:
+        scale = self._updater.loss_scale
+        part = self._objective(**inputs, scale=scale * share)
+        part.backward()
+        if first:
+            self._loss.zero_()
+        self._loss += part.detach() / scale
+
+    def _step(self, grad_factor: float, skip: bool) -> Tensor:
+        stats = self._updater.step(self._loss, grad_factor=grad_factor, skip=skip)
+        return torch.stack((self._loss * grad_factor, stats.grad_norm, stats.nonfinite))
+
+
+class Compiled(Engine):
+    """The objective, forward and backward, by torch.compile in one piece; the optimiser's fused kernel as it is."""
+
+    fixed = True
+
+    def __init__(self, objective: Objective, updater: Updater, backend: str = "inductor") -> None:
+        super().__init__(torch.compile(objective, fullgraph=True, dynamic=False, backend=backend), updater)
+
+    def micro_batch(self, inputs: Mapping[str, Tensor], share: float) -> None:
+        # a number would be compiled in, and every other share anew
+        self._forward_backward(inputs, torch.full((), share, device=self._updater.device), first=self._begins)
+        self._begins = False
+
+
+class Recorder(Protocol):
+    """Where an engine's pieces are run to warm up, and captured. What it calls must find its inputs at one address."""
+
+    def warm_up(self, function: Callable[[], Any]) -> None: ...
+
+    def capture(self, function: Callable[[], Any]) -> Callable[[], None]: ...
+
+
+class CudaRecorder:
+    """Captures on a stream of its own, all graphs from one pool of memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, function: Callable[[], Any]) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            function()
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def capture(self, function: Callable[[], Any]) -> Callable[[], None]:
+        gc.collect()  # what warming up took; torch.cuda.graph then empties the cache, so that the pool can have it
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: other threads may go on allocating
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            function()
+        return graph.replay
+
+
+class Graphs(Engine):
+    """Three graphs: a step's first micro-batch, any further one, the update. They read inputs and share of the step
+    from buffers, the learning rate from the optimiser's, and leave gradients and results where they were captured."""
+
+    fixed = True
+
+    def __init__(self, objective: Objective, updater: Updater, recorder: Recorder) -> None:
+        super().__init__(objective, updater)
+        self._recorder = recorder
+        self._graphs: dict[str, Callable[[], None]] = {}
+        self._inputs: dict[str, Tensor] = {}
+        self._share = torch.zeros((), device=updater.device)
+        self._values = torch.zeros(3, device=updater.device)
+        self._gradients: list[Tensor | None] = []
+        self._steps = 0
+
+    def micro_batch(self, inputs: Mapping[str, Tensor], share: float) -> None:
+        if not self._inputs:
+            self._inputs = {name: torch.empty_like(x, device=self._share.device) for name, x in inputs.items()}
+        for name, buffer in self._inputs.items():
+            check(
+                inputs[name].shape == buffer.shape,
+                f"the graph was made for {name} {tuple(buffer.shape)}; got {tuple(inputs[name].shape)}",
+            )
+            buffer.copy_(inputs[name], non_blocking=True)
+        self._share.fill_(share)
+        if self._begins:
+            self._play("first", self._first)
+        else:
+            self._play("further", lambda: self._forward_backward(self._inputs, self._share, first=False))
+        self._begins = False
+
+    def update(self, step: int, *, grad_factor: float = 1.0, skip: bool = False) -> Tensor:
+        self._updater.set_rate(step)
+        if grad_factor == 1.0 and not skip:
+            self._play("update", lambda: self._values.copy_(self._step(1.0, False)))
+        else:  # a clip could not be read: seldom enough to start kernel by kernel
+            self._values.copy_(self._step(grad_factor, skip))
+        self._begins = True
+        self._steps += 1
+        return self._values.clone()
+
+    def _first(self) -> None:
+        # captured without gradients, backward writes them where it would otherwise add
+        self._updater.optimizer.zero_grad(set_to_none=True)
+        self._forward_backward(self._inputs, self._share, first=True)
+
+    def _play(self, name: str, function: Callable[[], Any]) -> None:
+        if self._steps < WARM_UP:
+            self._recorder.warm_up(function)
+            return
+        if name not in self._graphs:
+            self._graphs[name] = self._recorder.capture(function)
+            # kept, or a later capture could be given their memory
+            self._gradients = [p.grad for p in self._updater.parameters]
+        self._graphs[name]()
+
+
+def check_engine(engine: EngineName, device: torch.device, recompute: str) -> None:
+    """ValueError when that engine cannot run there, or not with that recomputation."""
+    check(engine != "graph" or device.type == "cuda", "--engine graph captures CUDA graphs and needs a GPU; use eager")
+    check(
+        engine != "compile" or recompute != "norms",
+        "--engine compile chooses by itself which elementwise results to compute anew; "
+        "--model.recompute none, mlp or block",
+    )
+
+
+def make_engine(name: EngineName, objective: Objective, updater: Updater) -> Engine:
+    """The engine of that name; see `check_engine` for what it needs."""
+    if name == "compile":
+        return Compiled(objective, updater)
+    if name == "graph":
+        return Graphs(objective, updater, CudaRecorder(updater.device))
+    return Engine(objective, updater)

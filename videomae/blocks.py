@@ -1,0 +1,233 @@
+"""The transformer of encoder, decoder and classifier: pre-norm blocks whose additions, norms, biases and GELUs are
+fused ops, and what the backward pass computes anew instead of keeping (`set_recompute`).
+
+Parameter names are those of the official checkpoints (RECIPES A.9).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from kernels.launch import check, runs_triton
+from videomae.attention import attend
+
+NORM_EPS = 1e-6
+
+# What the backward pass computes anew, from least memory saved to most; numbers kept per token and block in widths:
+# none 16, norms 10 (outputs of LayerNorm and GELU anew), mlp 8 (the MLP), block 1 (all but its input)
+Recompute = Literal["none", "norms", "mlp", "block"]
+RECOMPUTE: tuple[Recompute, ...] = ("none", "norms", "mlp", "block")
+
+
+class Branch(NamedTuple):
+    """What a residual branch gives, [B, L, D], and the bias [D] still to be added to it, if any: the next norm's kernel
+    does that, and sums the bias's gradient in its own backward pass."""
+
+    x: Tensor
+    bias: Tensor | None
+
+    def whole(self) -> Tensor:
+        """Bias added; the dtype remains, as in a linear layer under autocast."""
+        return self.x if self.bias is None else self.x + self.bias.to(self.x.dtype)
+
+    def gelu(self) -> Tensor:
+        """GELU of the whole."""
+        return functional.gelu(self.x) if self.bias is None else kernels.bias_gelu(self.x, self.bias)
+
+    def detach(self) -> "Branch":
+        return Branch(self.x.detach(), None if self.bias is None else self.bias.detach())
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the last axis, as one kernel with the addition before it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.layer_norm(x.contiguous(), None, self.weight, self.bias, self.eps)[0]
+
+    def add(self, branch: Branch | None, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + branch, and x + branch itself; without a branch, x."""
+        if branch is None:
+            return self(x), x
+        return kernels.layer_norm(branch.x, x, self.weight, self.bias, self.eps, branch.bias)
+
+
+class Attention(nn.Module):
+    """Joint space-time self-attention; q and v have biases, k has none (RECIPES A.3)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        check(width % heads == 0, f"width {width} is no multiple of {heads} heads")
+        self.heads = heads
+        self.backend = "auto"  # see videomae.attention
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, last: int | None = None, remake: Callable[[], Tensor] | None = None) -> Branch:
+        """[B, L, D] to [B, L, D]; with last given, what only the last so many tokens see: [B, last, D].
+
+        remake: gives x again, for the backward pass, which then does not keep it.
+        """
+        batch, length, width = x.shape
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
+        with _remade(x, remake):
+            qkv = functional.linear(x, self.qkv.weight, bias.detach())
+        # whoever joins the gradients of q, k and v sums them for the bias
+        mixed = attend(qkv.view(batch, length, 3, self.heads, width // self.heads), self.backend, last, bias)
+        return _linear(mixed, self.proj)
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, remake: Callable[[], Tensor] | None = None) -> Branch:
+        """[B, L, D] to [B, L, D]. remake: as in `Attention`; GELU's output is then made anew too."""
+        with _remade(x, remake):
+            hidden = _linear(x, self.fc1)
+        active = hidden.gelu()
+        again = None if remake is None else hidden.detach().gelu
+        with _remade(active, again):
+            return _linear(active, self.fc2)
+
+
+class DropPath(nn.Module):
+    """Drop a residual branch for whole clips with this probability, and divide the survivors by its complement."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        check(0 <= rate < 1, f"drop path rate must be in [0, 1); got {rate}")
+        self.rate = rate
+
+    def forward(self, branch: Branch) -> Branch:
+        if not self.training or self.rate == 0:
+            return branch
+        x = branch.whole()  # the bias is dropped with the rest
+        keep = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= self.rate
+        return Branch(x * keep.to(x.dtype) / (1 - self.rate), None)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block. What its second branch gives is added by whoever reads it, in the next norm's
+    kernel."""
+
+    def __init__(self, width: int, heads: int, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.norm2 = LayerNorm(width)
+        self.mlp = Mlp(width)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(
+        self, x: Tensor, branch: Branch | None, last: int | None = None, recompute: Recompute = "none"
+    ) -> tuple[Tensor, Branch]:
+        """From x + branch (or x) to x and branch, both [B, L, D], or [B, last, D] with last given."""
+        if recompute == "block":
+            # added up here: one tensor to keep for each block, not two
+            x = x if branch is None else x + branch.whole()
+            return _anew(self, x, None, last, random=self.training and self.drop_path.rate > 0)
+        normed, x = self.norm1.add(branch, x)
+        mixed = self.drop_path(self.attn(normed, last, _norm_of(self.norm1, x) if recompute == "norms" else None))
+        normed, x = self.norm2.add(mixed, x if last is None else x[:, -last:].contiguous())
+        if recompute == "mlp":
+            return x, self.drop_path(_anew(self.mlp, normed))
+        return x, self.drop_path(self.mlp(normed, _norm_of(self.norm2, x) if recompute == "norms" else None))
+
+
+class Blocks(nn.ModuleList):
+    """Blocks in sequence."""
+
+    def __init__(self, width: int, depth: int, heads: int, drop_path: float = 0.0) -> None:
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        super().__init__(Block(width, heads, rate) for rate in rates)
+        self.recompute: Recompute = "none"
+
+    def forward(self, x: Tensor, norm: LayerNorm | None = None, last: int | None = None) -> Tensor:
+        """x after every block, and after norm where it is given.
+
+        With last given, the last block's queries, MLP and second norm are computed for its last so many tokens only.
+        """
+        branch = None
+        recompute = self.recompute if torch.is_grad_enabled() else "none"
+        for i, block in enumerate(self):
+            x, branch = block(x, branch, last if i == len(self) - 1 else None, recompute)
+        if norm is not None:
+            return norm.add(branch, x)[0]
+        return x if branch is None else x + branch.whole()
+
+
+def set_recompute(model: nn.Module, recompute: Recompute) -> None:
+    """What every block of the model makes anew in the backward pass, one of RECOMPUTE: time for memory, the same
+    gradients. ValueError for any other."""
+    check(recompute in RECOMPUTE, f"recompute must be one of {', '.join(RECOMPUTE)}; got {recompute!r}")
+    for module in model.modules():
+        if isinstance(module, Blocks):
+            module.recompute = recompute
+
+
+def set_attention(model: nn.Module, backend: str) -> None:
+    """Which back end of `videomae.attention` every block of the model uses."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.backend = backend
+
+
+def _linear(x: Tensor, layer: nn.Linear) -> Branch:
+    """The layer of x. Where no kernel follows that would add its bias, the matrix product does so at less cost than a
+    pass of its own."""
+    if runs_triton(x):
+        return Branch(functional.linear(x, layer.weight), layer.bias)
+    return Branch(layer(x), None)
+
+
+def _anew(function: Callable[..., Any], *arguments: Any, random: bool = False) -> Any:
+    """function(*arguments), of which the backward pass keeps the arguments and computes the rest anew.
+
+    random: whether it draws random numbers, whose generator's state must then be kept.
+    """
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=random)
+
+
+def _norm_of(norm: LayerNorm, x: Tensor) -> Callable[[], Tensor]:
+    again = partial(kernels.layer_norm, x.detach(), None, norm.weight.detach(), norm.bias.detach(), norm.eps)
+    return lambda: again()[0]
+
+
+@contextmanager
+def _remade(x: Tensor, remake: Callable[[], Tensor] | None) -> Iterator[None]:
+    """What is computed inside does not keep x for its backward pass, which calls remake instead; None: it does."""
+    if remake is None:
+        yield
+        return
+
+    # not x itself, which the hooks would keep; nor addresses, which tensors without data lack
+    storage, numel = x.untyped_storage()._cdata, x.numel()
+
+    def pack(saved: Tensor) -> Any:
+        # a matrix product saves x by another shape
+        if saved.untyped_storage()._cdata != storage or saved.numel() != numel:
+            return saved
+        return remake, saved.shape, saved.dtype
+
+    def unpack(kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        make, shape, dtype = kept
+        return make().view(shape).to(dtype)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
