@@ -120,7 +120,7 @@ def _forward(
 def _backward(
     dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, num_sums: int
 ) -> tuple[Tensor, Tensor]:
-    """dx, which is the residual's gradient too, and [num_sums, D]: the gradients of weight, bias and, of 3, x_bias."""
+    """dx, which is the residual's gradient too, and [num_sums, D], float32: those of weight, bias and, of 3, x_bias."""
     R, D = s.shape
     t = dict(tile("layer_norm.backward", _backward_tile, s.device, s.dtype, D=D))
     programs = min(t.pop("PROGRAMS"), triton.cdiv(R, t["ROWS"]))
@@ -129,7 +129,7 @@ def _backward(
     dw, db, dx_bias = (*part, None)[:3]
     arguments = (dy, ds, s, weight, mean, rstd, dx, dw, db, dx_bias, R, D, programs)
     launch(_backward_kernel, (programs,), *arguments, BLOCK=triton.next_power_of_2(D), **t)
-    return dx, part.sum(1).to(weight.dtype)
+    return dx, part.sum(1)
 
 
 def _fake_forward(
@@ -160,14 +160,14 @@ def _autograd(ctx: FunctionCtx, dy: Tensor | None, ds: Tensor | None, *_: None) 
     saved = ctx.saved_tensors  # type: ignore[attr-defined]
     dx, sums = backward_op(dy.contiguous(), ds, *saved, 3 if x_bias_dtype else 2)
     dx_bias = sums[2].to(x_bias_dtype) if x_bias_dtype else None
-    return dx, dx if summed else None, sums[0], sums[1].to(bias_dtype), None, dx_bias
+    return dx, dx if summed else None, sums[0].to(saved[1].dtype), sums[1].to(bias_dtype), None, dx_bias
 
 
 forward_op = torch.library.custom_op("videomae::layer_norm", _forward, mutates_args=())
 backward_op = torch.library.custom_op("videomae::layer_norm_backward", _backward, mutates_args=())
 forward_op.register_fake(_fake_forward)
 backward_op.register_fake(
-    lambda dy, ds, s, weight, mean, rstd, num_sums: (torch.empty_like(s), weight.new_empty(num_sums, *weight.shape))
+    lambda dy, ds, s, weight, mean, rstd, num_sums: (torch.empty_like(s), mean.new_empty(num_sums, *weight.shape))
 )
 forward_op.register_autograd(_autograd, setup_context=_setup)
 
@@ -183,7 +183,8 @@ def layer_norm(
     """LayerNorm(x + x_bias + residual) over the last axis, and the sum itself; differentiable in all five.
 
     x, residual: [..., D], contiguous, of one dtype; without residual the sum is x. weight, bias: [D]. x_bias: [D], only
-    beside a residual. Raises ValueError when shapes, dtypes, devices or strides do not fit.
+    beside a residual. x and residual get one tensor as their gradient: where both are leaves, do not add up a second.
+    Raises ValueError when shapes, dtypes, devices or strides do not fit.
     """
     width = tuple(x.shape[-1:])
     check(x.ndim > 0 and x.shape[-1] > 0, f"x must be [..., D], D at least 1; got shape {tuple(x.shape)}")

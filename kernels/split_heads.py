@@ -38,7 +38,7 @@ def join_heads_ref(dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
 def _part(grad, clip, token, cols, rows_inside, B_STRIDE, L_STRIDE, A_STRIDE, D, d: tl.constexpr):
     """[rows, cols] of one gradient, zero outside."""
     inside = rows_inside[:, None] & (cols < D)[None, :]
-    at = clip[:, None] * B_STRIDE + token[:, None] * L_STRIDE + (cols // d * A_STRIDE + cols % d)[None, :]
+    at = clip[:, None] * B_STRIDE + token.to(tl.int64)[:, None] * L_STRIDE + (cols // d * A_STRIDE + cols % d)[None, :]
     return tl.load(grad + at, mask=inside, other=0.0)
 
 
@@ -75,8 +75,10 @@ def _join(dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
     programs = max(1, min(t.pop("PROGRAMS"), triton.cdiv(B * L, t["ROWS"])))
     dqkv = torch.empty(B, L, 3, A, d, dtype=dk.dtype, device=dk.device)
     part = torch.empty(programs, 3 * D, dtype=torch.float32, device=dk.device)
-    strides = [stride for x in (dq, dk, dv) for stride in x.stride()[:3]]
-    arguments = (dq, dk, dv, dqkv, part, B * L, L, last, D, *strides, programs)
+    # the width of a head is what the kernel reads at once
+    parts = [x if x.stride(3) == 1 else x.contiguous() for x in (dq, dk, dv)]
+    strides = [stride for x in parts for stride in x.stride()[:3]]
+    arguments = (*parts, dqkv, part, B * L, L, last, D, *strides, programs)
     launch(_join_kernel, (programs, 3), *arguments, d=d, BLOCK=triton.next_power_of_2(D), **t)
     return dqkv, part.sum(0)
 
@@ -100,9 +102,7 @@ class _Split(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple:
-        # the width of a head is what the kernel reads at once
-        parts = [x if x.stride(3) == 1 else x.contiguous() for x in (dq, dk, dv)]
-        dqkv, sums = join_op(*parts) if runs_triton(dk) else join_heads_ref(*parts)
+        dqkv, sums = join_op(dq, dk, dv) if runs_triton(dk) else join_heads_ref(dq, dk, dv)
         return dqkv, sums.to(ctx.bias_dtype), None  # type: ignore[attr-defined]
 
 

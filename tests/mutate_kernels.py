@@ -78,7 +78,7 @@ MUTATIONS = {
     "split_heads._part": [
         ("rows_inside[:, None] & (cols < D)[None, :]", "(cols < D)[None, :]"),
         ("clip[:, None] * B_STRIDE", "clip[:, None] * L_STRIDE"),
-        ("token[:, None] * L_STRIDE", "token[:, None] * A_STRIDE"),
+        ("token.to(tl.int64)[:, None] * L_STRIDE", "token.to(tl.int64)[:, None] * A_STRIDE"),
         ("cols // d * A_STRIDE", "cols // d * d"),
         ("+ cols % d)", "+ cols)"),
         ("other=0.0", "other=1.0"),

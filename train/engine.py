@@ -1,8 +1,8 @@
 """How the device runs a step: kernel by kernel (eager), compiled by torch.compile, or as captured CUDA graphs.
 
 All take the same calls, `micro_batch` for every part of a step and then `update`, and give the same losses within
-rounding. A graph replays the whole step, masks and optimiser included, with three starts from Python instead of
-thousands; torch.compile fuses what PyTorch left apart.
+rounding. Graphs replay the whole step, masks and optimiser included: one start from Python for every micro-batch and
+one for the update, instead of hundreds; torch.compile fuses what PyTorch left apart.
 """
 
 import gc
@@ -98,7 +98,7 @@ class CudaRecorder:
         torch.cuda.current_stream().wait_stream(self._stream)
 
     def capture(self, function: Callable[[], Any]) -> Callable[[], None]:
-        gc.collect()  # what warming up took; torch.cuda.graph then empties the cache, so that the pool can have it
+        gc.collect()  # torch.cuda.graph then empties the cache, so that its pool can have what warming up took
         graph = torch.cuda.CUDAGraph()
         # thread_local: other threads may go on allocating
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
@@ -119,7 +119,6 @@ class Graphs(Engine):
         self._inputs: dict[str, Tensor] = {}
         self._share = torch.zeros((), device=updater.device)
         self._values = torch.zeros(3, device=updater.device)
-        self._gradients: list[Tensor | None] = []
         self._steps = 0
 
     def micro_batch(self, inputs: Mapping[str, Tensor], share: float) -> None:
@@ -158,9 +157,10 @@ class Graphs(Engine):
             self._recorder.warm_up(function)
             return
         if name not in self._graphs:
+            if name == "first":  # the last gradients from outside, whose memory no graph could use
+                self._updater.optimizer.zero_grad(set_to_none=True)
+            # from here on the parameters hold the gradients where they were captured
             self._graphs[name] = self._recorder.capture(function)
-            # kept, or a later capture could be given their memory
-            self._gradients = [p.grad for p in self._updater.parameters]
         self._graphs[name]()
 
 

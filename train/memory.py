@@ -1,9 +1,10 @@
 """How much memory a pre-training step takes at its peak, before it is run: which tensors live when, by formula.
 
 Counted are weights, optimiser, gradients and every activation that forward keeps, at each of the moments where the peak
-can be: the loss, the backward pass of every MLP (the widest place of a block), the end of backward. Held against what
-fake tensors allocate (tests/train/test_memory.py). Not counted: the CUDA context, workspaces of libraries, the
-allocator's rounding; together they stay below a tenth on a full GPU.
+can be: the end of the model's forward, the loss, the backward pass of every MLP (the widest place of a block), the end
+of backward. Held against what fake tensors allocate (tests/train/test_memory.py). Not counted: the CUDA context,
+workspaces of libraries, the allocator's rounding; together they stay below a tenth on a full GPU. A CPU runs the
+references, which take up to a fifth more.
 """
 
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ class Workload:
     recompute: Recompute = "none"
     bytes_each: int = 2
     accumulates: bool = False  # gradients of earlier micro-batches lie in memory from the start
+    short_last_layer: bool = True  # of the decoder
 
 
 @dataclass(frozen=True)
@@ -59,16 +61,18 @@ class Memory:
 
 def estimate(work: Workload, micro_batch: int) -> Memory:
     """The step's memory with that many clips at a time."""
-    copies = _copied_share(work.recompute) * work.bytes_each if work.bytes_each < 4 else 0
-    weights = int((12 + copies) * work.num_parameters)
-    gradients = 4 * work.num_parameters
+    resting, gradients = 12 * work.num_parameters, 4 * work.num_parameters
+    copies = work.bytes_each * work.num_parameters if work.bytes_each < 4 else 0
+    weights = resting + int(_copied_share(work.recompute) * copies)
     frames = micro_batch * work.input.frames * work.input.size[0] * work.input.size[1] * len(work.input.mean)
     # backward passes through the last layers, where the peak is, before most gradients exist
     moments = [
-        Memory(weights, gradients if work.accumulates else 0, frames + micro_batch * int(live))
-        for live in _moments(work)
+        Memory(weights, gradients if work.accumulates else 0, frames + micro_batch * live) for live in _moments(work)
     ]
-    moments.append(Memory(weights, gradients, frames))
+    # autocast keeps every copy until the model's forward ends, whoever makes them anew later; at the end none is left
+    forward = frames + micro_batch * _forward_end(work)
+    moments.append(Memory(resting + copies, gradients if work.accumulates else 0, forward))
+    moments.append(Memory(resting, gradients, frames))
     return max(moments, key=lambda memory: memory.peak)
 
 
@@ -91,7 +95,8 @@ def _layers(work: Workload) -> list[_Layer]:
     tokens = counts.visible + counts.decoded
     encoder = [_Layer(counts.visible, counts.visible, size.width, size.heads)] * size.depth
     decoder = [_Layer(tokens, tokens, size.decoder_width, size.decoder_heads)] * (work.decoder_depth - 1)
-    return [*encoder, *decoder, _Layer(tokens, counts.predicted, size.decoder_width, size.decoder_heads)]
+    narrowed = counts.predicted if work.short_last_layer else tokens
+    return [*encoder, *decoder, _Layer(tokens, narrowed, size.decoder_width, size.decoder_heads)]
 
 
 def _kept(layer: _Layer, recompute: Recompute, each: int) -> int:
@@ -116,16 +121,30 @@ def _backward(layer: _Layer, recompute: Recompute, each: int) -> int:
     return extra * layer.width * each
 
 
-def _moments(work: Workload) -> Iterator[float]:
-    """Bytes of one clip's activations, at the loss and in every block's backward pass."""
+def _all_kept(work: Workload) -> list[int]:
+    return [_kept(layer, work.recompute, work.bytes_each) for layer in _layers(work)]
+
+
+def _final_norms(work: Workload) -> tuple[int, int]:
+    """Bytes of one clip: input and output of the encoder's and of the decoder's last norm."""
     size, counts, each = work.size, work.counts, work.bytes_each
-    layers = _layers(work)
-    kept = [_kept(layer, work.recompute, each) for layer in layers]
-    # both final norms, input and output; the loss's gradient and, while it is written, the prediction
-    encoder_norm = 2 * counts.visible * size.width * each
-    decoder_norm = 2 * counts.predicted * size.decoder_width * each
-    prediction = counts.predicted * work.input.cube_values * each
-    yield sum(kept) + encoder_norm + decoder_norm + 2 * prediction
-    for i, layer in enumerate(layers):
-        norms = encoder_norm if i >= size.depth else 0
-        yield sum(kept[: i + 1]) + norms + _backward(layer, work.recompute, each)
+    return 2 * counts.visible * size.width * each, 2 * counts.predicted * size.decoder_width * each
+
+
+def _prediction(work: Workload) -> int:
+    return work.counts.predicted * work.input.cube_values * work.bytes_each
+
+
+def _forward_end(work: Workload) -> int:
+    """Bytes of one clip's activations when the prediction is made."""
+    return sum(_all_kept(work)) + sum(_final_norms(work)) + _prediction(work)
+
+
+def _moments(work: Workload) -> Iterator[int]:
+    """Bytes of one clip's activations, at the loss and in every block's backward pass."""
+    # the loss's gradient is written while the prediction is read
+    yield _forward_end(work) + _prediction(work)
+    kept, (encoder_norm, _) = _all_kept(work), _final_norms(work)
+    for i, layer in enumerate(_layers(work)):
+        norms = encoder_norm if i >= work.size.depth else 0
+        yield sum(kept[: i + 1]) + norms + _backward(layer, work.recompute, work.bytes_each)

@@ -134,10 +134,12 @@ class Updater:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
+        # moments and counts; the settings are this run's: of this device, and as they were asked for
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:  # the file's may be of another device
-            group["lr"], group["capturable"] = self._rate, self._capturable
-        if self.scaler.is_enabled():
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+        if self.scaler.is_enabled() and state["scaler"]:  # empty from a run that did not scale
             self.scaler.load_state_dict(state["scaler"])
 
 

@@ -114,6 +114,7 @@ def workload(config: PretrainConfig, num_parameters: int, precision: str) -> Wor
         num_parameters,
         model.recompute,
         bytes_each=4 if precision == "float32" else 2,
+        short_last_layer=model.short_last_layer,
     )
 
 
@@ -133,17 +134,27 @@ def _table(work: Workload, clips: int, budget: int) -> list[str]:
     return lines
 
 
+def _gpu_memory(arguments: list[str]) -> tuple[list[str], float]:
+    """The arguments without --gpu-memory, and its gigabytes."""
+    memory = "80"
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == "--gpu-memory":
+            memory = value if equals else "".join(arguments[i + 1 : i + 2])
+            arguments = arguments[:i] + arguments[i + (1 if equals else 2) :]
+            break
+    try:
+        size = float(memory)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < 1e6:
+        refuse(PROG, f"--gpu-memory takes a number of gigabytes; got {memory!r}")
+    return arguments, size
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; exit code 2 for wrong use."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    memory = 80.0
-    if "--gpu-memory" in given:
-        at = given.index("--gpu-memory")
-        try:
-            memory = float(given[at + 1])
-        except (IndexError, ValueError):
-            refuse(PROG, "--gpu-memory takes a number of gigabytes")
-        del given[at : at + 2]
+    given, memory = _gpu_memory(list(sys.argv[1:] if arguments is None else arguments))
     about = "What a recipe's step takes of a GPU's memory (--gpu-memory GB, 80 if not given), estimated to within 15 %."
     config = parse(given, PRETRAIN, "k400-base-800", prog=PROG, about=about)
     with torch.device("meta"):

@@ -213,6 +213,8 @@ def _without_cudnn(length: int) -> str:
     version = torch.backends.cudnn.version()
     if version is None:
         return "needs cuDNN, which this PyTorch lacks"
+    if torch.are_deterministic_algorithms_enabled():
+        return "is not deterministic, which torch.use_deterministic_algorithms asks for"
     # the release that mended such lengths (PyTorch's sdp_utils.cpp, github.com/pytorch/pytorch/issues/169849)
     if length % 128 and version < 91501:
         return f"needs cuDNN 9.15.1 for lengths that are no multiple of 128; this is {version}"
@@ -287,8 +289,10 @@ def _measured_on(device: torch.device, name: str) -> str:
 
 
 @cache
-def _decide(wanted: str, device: torch.device, dtype: torch.dtype, length: int, head_width: int) -> Choice | str:
-    """The choice, or the refusal."""
+def _decide(
+    wanted: str, device: torch.device, dtype: torch.dtype, length: int, head_width: int, deterministic: bool
+) -> Choice | str:
+    """The choice, or the refusal. deterministic: torch's setting, which back ends ask for themselves."""
     if wanted == "auto":
         return _automatic(device, dtype, length, head_width)
     if wanted not in BACKENDS:
@@ -312,7 +316,7 @@ def choose(wanted: str, *, device: torch.device, dtype: torch.dtype, length: int
     ValueError for an unknown name, and when the back end cannot take the device, dtype or head width, or its package
     is missing: with the reason.
     """
-    decided = _decide(wanted, device, dtype, length, head_width)
+    decided = _decide(wanted, device, dtype, length, head_width, torch.are_deterministic_algorithms_enabled())
     if isinstance(decided, str):
         raise ValueError(decided)
     return decided
@@ -321,7 +325,7 @@ def choose(wanted: str, *, device: torch.device, dtype: torch.dtype, length: int
 @torch.compiler.assume_constant_result
 def _decided(wanted: str, device: torch.device, dtype: torch.dtype, length: int, head_width: int) -> tuple[str, str]:
     """Name and refusal, one of them "". torch.compile asks when it traces and compiles the answer in."""
-    decided = _decide(wanted, device, dtype, length, head_width)
+    decided = _decide(wanted, device, dtype, length, head_width, torch.are_deterministic_algorithms_enabled())
     return ("", decided) if isinstance(decided, str) else (decided.name, "")
 
 

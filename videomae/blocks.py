@@ -27,8 +27,9 @@ RECOMPUTE: tuple[Recompute, ...] = ("none", "norms", "mlp", "block")
 
 
 class Branch(NamedTuple):
-    """What a residual branch gives, [B, L, D], and the bias [D] still to be added to it, if any: the next norm's kernel
-    does that, and sums the bias's gradient in its own backward pass."""
+    """What a linear layer gives, [B, L, D], and the bias [D] that is still to be added to it: the next kernel adds it,
+    and sums its gradient while that passes through. It stays inside its block, whose weights may be gone afterwards
+    (sharded, or moved away)."""
 
     x: Tensor
     bias: Tensor | None
@@ -54,11 +55,11 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         return kernels.layer_norm(x.contiguous(), None, self.weight, self.bias, self.eps)[0]
 
-    def add(self, branch: Branch | None, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of x + branch, and x + branch itself; without a branch, x."""
+    def add(self, branch: Tensor | None, x: Tensor, branch_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The norm of x + branch + branch_bias, and that sum itself; without a branch, x."""
         if branch is None:
             return self(x), x
-        return kernels.layer_norm(branch.x, x, self.weight, self.bias, self.eps, branch.bias)
+        return kernels.layer_norm(branch, x, self.weight, self.bias, self.eps, branch_bias)
 
 
 class Attention(nn.Module):
@@ -81,10 +82,11 @@ class Attention(nn.Module):
         """
         batch, length, width = x.shape
         bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
+        # where kernels run, the one that joins the gradients of q, k and v sums them for the bias
+        late = bias if runs_triton(x) else None
         with _remade(x, remake):
-            qkv = functional.linear(x, self.qkv.weight, bias.detach())
-        # whoever joins the gradients of q, k and v sums them for the bias
-        mixed = attend(qkv.view(batch, length, 3, self.heads, width // self.heads), self.backend, last, bias)
+            qkv = functional.linear(x, self.qkv.weight, bias if late is None else bias.detach())
+        mixed = attend(qkv.view(batch, length, 3, self.heads, width // self.heads), self.backend, last, late)
         return _linear(mixed, self.proj)
 
 
@@ -94,14 +96,14 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, remake: Callable[[], Tensor] | None = None) -> Branch:
+    def forward(self, x: Tensor, remake: Callable[[], Tensor] | None = None) -> Tensor:
         """[B, L, D] to [B, L, D]. remake: as in `Attention`; GELU's output is then made anew too."""
         with _remade(x, remake):
             hidden = _linear(x, self.fc1)
         active = hidden.gelu()
         again = None if remake is None else hidden.detach().gelu
         with _remade(active, again):
-            return _linear(active, self.fc2)
+            return self.fc2(active)
 
 
 class DropPath(nn.Module):
@@ -112,12 +114,15 @@ class DropPath(nn.Module):
         check(0 <= rate < 1, f"drop path rate must be in [0, 1); got {rate}")
         self.rate = rate
 
-    def forward(self, branch: Branch) -> Branch:
-        if not self.training or self.rate == 0:
-            return branch
-        x = branch.whole()  # the bias is dropped with the rest
+    @property
+    def drops(self) -> bool:
+        return self.training and self.rate > 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.drops:
+            return x
         keep = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= self.rate
-        return Branch(x * keep.to(x.dtype) / (1 - self.rate), None)
+        return x * keep.to(x.dtype) / (1 - self.rate)
 
 
 class Block(nn.Module):
@@ -133,16 +138,18 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(
-        self, x: Tensor, branch: Branch | None, last: int | None = None, recompute: Recompute = "none"
-    ) -> tuple[Tensor, Branch]:
+        self, x: Tensor, branch: Tensor | None, last: int | None = None, recompute: Recompute = "none"
+    ) -> tuple[Tensor, Tensor]:
         """From x + branch (or x) to x and branch, both [B, L, D], or [B, last, D] with last given."""
         if recompute == "block":
             # added up here: one tensor to keep for each block, not two
-            x = x if branch is None else x + branch.whole()
-            return _anew(self, x, None, last, random=self.training and self.drop_path.rate > 0)
+            x = x if branch is None else x + branch
+            return _anew(self, x, None, last, random=self.drop_path.drops)
         normed, x = self.norm1.add(branch, x)
-        mixed = self.drop_path(self.attn(normed, last, _norm_of(self.norm1, x) if recompute == "norms" else None))
-        normed, x = self.norm2.add(mixed, x if last is None else x[:, -last:].contiguous())
+        mixed = self.attn(normed, last, _norm_of(self.norm1, x) if recompute == "norms" else None)
+        if self.drop_path.drops:  # the bias is dropped with the rest
+            mixed = Branch(self.drop_path(mixed.whole()), None)
+        normed, x = self.norm2.add(mixed.x, x if last is None else x[:, -last:].contiguous(), mixed.bias)
         if recompute == "mlp":
             return x, self.drop_path(_anew(self.mlp, normed))
         return x, self.drop_path(self.mlp(normed, _norm_of(self.norm2, x) if recompute == "norms" else None))
@@ -167,12 +174,12 @@ class Blocks(nn.ModuleList):
             x, branch = block(x, branch, last if i == len(self) - 1 else None, recompute)
         if norm is not None:
             return norm.add(branch, x)[0]
-        return x if branch is None else x + branch.whole()
+        return x if branch is None else x + branch
 
 
 def set_recompute(model: nn.Module, recompute: Recompute) -> None:
     """What every block of the model makes anew in the backward pass, one of RECOMPUTE: time for memory, the same
-    gradients. ValueError for any other."""
+    gradients. ValueError for any other. torch.compile cannot trace "norms"."""
     check(recompute in RECOMPUTE, f"recompute must be one of {', '.join(RECOMPUTE)}; got {recompute!r}")
     for module in model.modules():
         if isinstance(module, Blocks):
@@ -188,8 +195,9 @@ def set_attention(model: nn.Module, backend: str) -> None:
 
 def _linear(x: Tensor, layer: nn.Linear) -> Branch:
     """The layer of x. Where no kernel follows that would add its bias, the matrix product does so at less cost than a
-    pass of its own."""
-    if runs_triton(x):
+    pass of its own; and so for a layer that somebody replaced or hooked (an adapter, a quantised one)."""
+    plain = type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+    if plain and runs_triton(x):
         return Branch(functional.linear(x, layer.weight), layer.bias)
     return Branch(layer(x), None)
 

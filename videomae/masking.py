@@ -59,7 +59,8 @@ class Mask:
         return self.visible.shape[1] + self.masked.shape[1]
 
     def to(self, device: torch.device | str) -> "Mask":
-        own = () if self.decoded is self.masked else (self.decoded, self.predicted)
+        plain = self.decoded is self.masked and self.predicted is self.masked
+        own = () if plain else (self.decoded, self.predicted)
         return Mask(*(part.to(device, non_blocking=True) for part in (self.visible, self.masked, *own)))
 
     def to_bool(self) -> Tensor:

@@ -215,3 +215,13 @@ def test_refuses_what_no_kernel_takes(kernel_device):
     x = torch.zeros(2, 8, device=kernel_device)
     with pytest.raises(ValueError, match="x_bias must be bfloat16, float16 or float32 to run a kernel; got .*float64"):
         layer_norm(x, x, x[0], x[1], EPS, x[0].double())
+
+
+def test_sums_keep_float32_whatever_the_weight_is(kernel_device):
+    x, residual = torch.zeros(2, 9000, 4, device=kernel_device).half(), None
+    residual = torch.randn(2, 9000, 4, device=kernel_device).half()
+    w = torch.ones(4, device=kernel_device).half().requires_grad_()
+    b, x_bias = (torch.zeros(4, device=kernel_device).requires_grad_() for _ in range(2))
+    y, _ = layer_norm(x, residual, w, b, EPS, x_bias)
+    (db,) = torch.autograd.grad(y, b, torch.full_like(y, 8.0))
+    assert (db == 8 * 18000).all()  # beyond float16's range

@@ -89,10 +89,10 @@ def test_gives_views():
 
 
 def test_sums_half_gradients_in_float32(kernel_device):
-    ones = torch.ones(3, 1400, 1, 16, dtype=torch.float16, device=kernel_device)
+    ones = torch.ones(3, 700, 1, 16, dtype=torch.float16, device=kernel_device)
     _, sums = join_op(ones, ones, ones)
     assert sums.dtype == torch.float32
-    assert (sums == 4200).all()  # in float16, 2048 + 1 is 2048
+    assert (sums == 2100).all()  # in float16, 2048 + 1 is 2048
 
 
 @pytest.mark.parametrize("last", [None, 2])

@@ -164,3 +164,29 @@ def test_precision_is_resolved_by_device():
 def test_refuses_settings_out_of_range(bad):
     with pytest.raises(ValueError, match=r"optim\.|learning rates"):
         Optim(**bad)
+
+
+def test_going_on_takes_the_moments_of_the_file_and_the_settings_of_the_run():
+    model, old = small(Optim(weight_decay=0.05))
+    (model(torch.ones(1, 3)).sum() * old.loss_scale).backward()
+    old.set_rate(0)
+    old.step(torch.zeros(()))
+    model, new = small(Optim(weight_decay=0.3, betas=(0.5, 0.6)))
+    state = old.state_dict()
+    for group in state["optimizer"]["param_groups"]:
+        group["lr"], group["capturable"] = 0.25, not group["capturable"]  # as an older program, or a GPU, would have it
+    new.load_state_dict(state)
+    assert [group["weight_decay"] for group in new.optimizer.param_groups] == [0.3, 0.0]
+    assert all(group["betas"] == (0.5, 0.6) for group in new.optimizer.param_groups)
+    assert not any(group["capturable"] for group in new.optimizer.param_groups)
+    kept = next(iter(old.optimizer.state.values()))["exp_avg"]
+    assert torch.equal(new.optimizer.state[model.weight]["exp_avg"], kept)
+    new.set_rate(0)
+    assert all(group["lr"].item() == pytest.approx(0.1) for group in new.optimizer.param_groups)
+
+
+def test_float16_goes_on_from_a_run_that_did_not_scale():
+    _, old = small()
+    _, new = small(precision="float16")
+    new.load_state_dict(old.state_dict())
+    assert new.loss_scale.item() == 65536

@@ -74,5 +74,13 @@ def test_the_command_says_what_a_recipe_takes_without_a_gpu(capsys):
     assert most["none"] < most["norms"] < most["mlp"] < most["block"]
     assert main(["k400-huge-1600", "--gpu-memory", "8"]) == 0
     assert "too large" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        main(["--gpu-memory", "much"])
+    assert main(["--gpu-memory=40"]) == 0
+    assert "a step may take 34 of 40 GB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("memory", ["much", "nan", "inf", "-5", "0", ""])
+def test_the_command_refuses_what_is_no_memory(memory, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--gpu-memory", memory])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -331,6 +331,7 @@ def test_trains_with_dual_masking_and_goes_on_from_its_checkpoint(videos, tmp_pa
     assert 0.3 < metrics(tmp_path / "part")[-1]["loss"] < 3
 
 
+@pytest.mark.long
 def test_how_a_step_is_computed_changes_nothing_but_rounding_and_may_change_within_a_run(videos, tmp_path):
     ways = {
         "plain": (),

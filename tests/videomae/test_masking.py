@@ -155,3 +155,11 @@ def test_refuses_parts_that_do_not_fit_together(decoded, predicted):
         Mask(visible, masked, torch.zeros(decoded), torch.zeros(predicted))
     with pytest.raises(ValueError, match="both decoded and predicted, or neither"):
         Mask(visible, masked, torch.zeros(decoded))
+
+
+def test_moving_keeps_what_is_predicted_of_all_that_is_decoded():
+    mask = masking.tube((2, 2, 2), 0.5, keys=torch.arange(2))
+    some = masking.Mask(mask.visible, mask.masked, mask.masked, mask.masked[:, -2:])
+    assert some.to("cpu").predicted.shape == (2, 2)
+    assert mask.to("cpu").predicted is not None
+    assert mask.to("cpu").predicted.shape == mask.masked.shape

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import videomae
 from videomae import masking
-from videomae.blocks import RECOMPUTE, Branch, DropPath, set_recompute
+from videomae.blocks import RECOMPUTE, DropPath, set_recompute
 from videomae.clip import from_cubes, to_cubes
 from videomae.masking import Mask
 from videomae.model import SIZES
@@ -192,11 +192,11 @@ def test_recomputing_changes_no_gradient():
 def test_drop_path_drops_whole_clips_and_keeps_the_mean():
     torch.manual_seed(0)
     drop = DropPath(0.25)
-    out = drop(Branch(torch.zeros(4000, 2, 3), torch.ones(3))).whole()
+    out = drop(torch.ones(4000, 2, 3))
     assert sorted(set(out.flatten().tolist())) == pytest.approx([0.0, 1 / 0.75])
     assert (out == out[:, :1, :1]).all()
     assert out.mean().item() == pytest.approx(1, abs=0.03)
-    untouched = Branch(torch.ones(3, 1, 1), torch.ones(1))
+    untouched = torch.ones(3, 1, 1)
     assert drop.eval()(untouched) is untouched
     rates = [
         b.drop_path.rate for b in videomae.classifier("vit_base", num_classes=2, drop_path=0.11, image_size=32).blocks
