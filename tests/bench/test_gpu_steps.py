@@ -222,6 +222,7 @@ def test_beside_compiled_sides_the_others_go_on_without_what_does_not_fit(monkey
     assert bench.report.notes == ["vit_tiny, compiled, decoder depth 2: ours, compile did not fit with 2 clips."]
 
 
+@pytest.mark.long
 def test_nothing_of_a_side_that_failed_or_of_a_group_is_left():
     models, weights, living = [], [], []
 

@@ -270,6 +270,7 @@ def test_kernel_goes_with_recomputation_and_two_passes_through_it(kernel_device)
         assert torch.equal(torch.autograd.grad(loss, pred, up, retain_graph=True)[0], wanted)
 
 
+@pytest.mark.long
 def test_kernel_compiles_a_few_times_for_any_batch(kernel_device):
     """A dozen times would be once for every batch, and an error."""
     torch._dynamo.reset()

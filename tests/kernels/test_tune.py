@@ -29,6 +29,7 @@ def all_jobs() -> Iterator[tune.Job]:
             yield from jobs(shape_of(size), target, CPU)
 
 
+@pytest.mark.long
 def test_every_candidate_is_valid_and_the_default_is_first():
     for job in all_jobs():
         tried = candidates(job.op, job.default)

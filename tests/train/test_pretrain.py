@@ -413,6 +413,7 @@ def test_going_back_to_an_earlier_checkpoint_sets_the_later_ones_aside(videos, t
     assert_same(weights(out, 6), whole)
 
 
+@pytest.mark.long
 def test_a_signal_before_the_first_step_is_saved_and_said_truly(videos, tmp_path):
     os.mkfifo(videos / "a.mp4")  # the first look at it blocks
     (tmp_path / "list.txt").write_text(f"{videos}/a.mp4\n{videos}/0.mp4\n")

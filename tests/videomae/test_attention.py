@@ -433,6 +433,7 @@ def test_the_answer_is_remembered(measured, monkeypatch):
     assert len(looked) == 2
 
 
+@pytest.mark.long
 def test_importing_it_imports_no_package_and_touches_no_gpu(tmp_path):
     for name in ("flash_attn", "xformers"):
         (tmp_path / name).mkdir()

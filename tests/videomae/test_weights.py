@@ -324,6 +324,7 @@ def test_the_command_goes_there_and_back_without_changing_a_bit(make, tmp_path, 
     assert all(torch.equal(there[name], back[name]) for name in there)
 
 
+@pytest.mark.long
 def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
     (tmp_path / "bad.pth").write_bytes(b"no weights")
     command = [sys.executable, "-m", "videomae.weights", str(tmp_path / "bad.pth"), str(tmp_path / "hf"), "--to", "hf"]

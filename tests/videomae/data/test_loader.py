@@ -80,6 +80,7 @@ def test_a_skipped_clip_is_zero_even_where_another_was_before(paths, tmp_path):
     assert all(batch.frames[0].max() == 0 for batch in got[4:])
 
 
+@pytest.mark.long
 def test_signals_to_the_whole_group_do_not_reach_the_workers(paths):
     """A scheduler's SIGTERM and a terminal's Ctrl-C go to every process of the group; clips in work must not be lost by
     it."""
