@@ -140,7 +140,7 @@ def test_the_manifest_names_every_cubin_and_its_arguments(made):
     assert (found["architecture"], found["target"]) == (90, "sm_90a")
     assert {k["cubin"] for k in found["kernels"]} == {path.name for path in folder.glob("*.cubin")}
     assert all((folder / k["cubin"]).read_bytes().startswith(b"\x7fELF") for k in found["kernels"])
-    modules = {"attention", "bias_gelu", "cube_embed", "decoder_input", "layer_norm", "pixel_loss"}
+    modules = {*("attention", "bias_gelu", "cube_embed", "decoder_input"), "layer_norm", "pixel_loss", "split_heads"}
     assert {k["module"] for k in found["kernels"]} == {f"kernels.{name}" for name in modules}
     chosen = embed.choose(found)
     for role, (module, function, _) in embed.ROLES.items():
