@@ -19,28 +19,16 @@ from bench.step_goals import difference
 from bench.step_results import StepReport, counted_gmac, stated_gmac
 from bench.steps import DECODER_DEPTHS, Step
 from tests.bench.fake_meter import FakeMeter
+from tests.recorder import Recorder
 
 SMALL = Shape("vit_tiny", clips=2, width=64, heads=4, decoder_width=64, frames=4, side=48, ratio=0.5)
 CPU = torch.device("cpu")
 STEPS = 5
 
 
-class CallAgain:
-    """In place of CUDA graphs: see tests/train/test_engine.py."""
-
-    def __init__(self, device):
-        pass
-
-    def warm_up(self, function):
-        function()
-
-    def capture(self, function):
-        return function
-
-
 @pytest.fixture(autouse=True)
 def _short_and_without_graphs(monkeypatch):
-    monkeypatch.setattr(train.engine, "CudaRecorder", CallAgain)
+    monkeypatch.setattr(train.engine, "CudaRecorder", (lambda device: Recorder()))
     monkeypatch.setattr(gpu_steps, "ROUNDS", 2)
     monkeypatch.setattr(gpu_steps, "COMPARED", STEPS)
 

@@ -147,7 +147,10 @@ def test_deterministic_algorithms_are_asked_of_a_stand_in(monkeypatch):
         stand_in(monkeypatch, name)
         for last in (None, 3):
             qkv, upstream = qkv_of(device="cpu").requires_grad_(), torch.randn(2, last or 37, 128)
-            values_and_gradients(lambda x, name=name, last=last: attend(x, name, last), [qkv], [upstream])
+            got = values_and_gradients(lambda x, name=name, last=last: attend(x, name, last), [qkv], [upstream])
+            wanted = values_and_gradients(lambda x, last=last: attend(x, "sdpa", last), [qkv], [upstream])
+            for one, other in zip(got, wanted, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
 def test_the_adapter_of_flash_attn_4_is_registered_as_torch_wants_it(monkeypatch):
