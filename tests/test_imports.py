@@ -6,7 +6,12 @@ import sys
 
 import pytest
 
-LIGHT = ("kernels", "videomae", "videomae.model", "videomae.masking", "videomae.classifier")
+LONG = pytest.mark.long
+LIGHT = (
+    "kernels",
+    "videomae",
+    *(pytest.param(f"videomae.{x}", marks=LONG) for x in ("model", "masking", "classifier")),
+)
 # data and command-line packages: a machine that only computes need not have them
 HEAVY = ("decord", "av", "tyro", "PIL", "matplotlib", "tensorboard", "transformers")
 
@@ -23,5 +28,9 @@ def test_imports_no_data_or_command_line_package(module):
 
 def test_imports_in_under_three_seconds():
     code = "import time; begin = time.perf_counter(); import videomae; print(time.perf_counter() - begin)"
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
-    assert min(float(run.stdout) for run in runs) < 3
+
+    def seconds():
+        return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+    # on a busy machine the second or third try may be
+    assert any(seconds() < 3 for _ in range(3))

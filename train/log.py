@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernels.launch import check
+from train.waiting import LIMIT, Supply, advice
+from videomae.data.loader import Effort
 
 _LAG = 2  # steps after which a scalar is waited for, if it has not arrived
 
@@ -49,14 +52,21 @@ class _Step:
     clips: int
     skipped: int
     waited: float  # seconds, for data
+    effort: Effort  # of the workers, for this step's clips
+    ready: float  # finished batches that waited when this step's were taken
     paths: Sequence[str]
 
 
 class RunLog:
     """One run's reports; use it inside `with`."""
 
-    def __init__(self, out: Path, config: Logging, *, start: int, steps: int, max_nonfinite: int) -> None:
+    def __init__(
+        self, out: Path, config: Logging, *, start: int, steps: int, max_nonfinite: int, supply: Supply
+    ) -> None:
+        """start: steps done before. supply: what decodes for the run, for advice when it waits for data."""
         self._config, self._out, self._steps, self._max_nonfinite = config, out, steps, max_nonfinite
+        # the first report tells of workers that were still starting; after that, advice is given once
+        self._supply, self._advise, self._reports = supply, True, 0
         self._pending: deque[_Step] = deque()
         self._in_a_row = 0
         forget_after(out / "metrics.jsonl", start)
@@ -91,9 +101,20 @@ class RunLog:
         tqdm.write(text, file=sys.stderr)
 
     def push(
-        self, step: int, values: Tensor, *, lr: float, clips: int, skipped: int, waited: float, paths: Sequence[str]
+        self,
+        step: int,
+        values: Tensor,
+        *,
+        lr: float,
+        clips: int,
+        skipped: int,
+        waited: float,
+        effort: Effort,
+        ready: float,
+        paths: Sequence[str],
     ) -> None:
         """Report a step, counted from 1. values: [loss, gradient norm, 1.0 if it was not finite], still on the device.
+        waited: seconds for data; effort: what the workers spent on it; ready: finished batches behind it.
 
         Raises TooManyNonFinite when such steps reach their limit in a row.
         """
@@ -103,7 +124,7 @@ class RunLog:
             values = host.copy_(values, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self._pending.append(_Step(step, values, arrived, lr, clips, skipped, waited, paths))
+        self._pending.append(_Step(step, values, arrived, lr, clips, skipped, waited, effort, ready, paths))
         self._bar.update()
         while self._pending and (self._pending[0].arrived is None or self._pending[0].arrived.query()):
             self._consume(self._pending.popleft())
@@ -147,31 +168,41 @@ class RunLog:
 
     def _report(self, done: _Step) -> None:
         elapsed = max(time.monotonic() - self._since, 1e-9)
+        effort = reduce(Effort.plus, (s.effort for s in self._window))
         finite = [s.values.tolist() for s in self._window if not s.values[2]]
-        entry = {
+        entry: dict[str, Any] = {
             "step": done.step,
             "loss": _mean([values[0] for values in finite]),
             "grad_norm": _mean([values[1] for values in finite]),
             "lr": done.lr,
             "clips_per_second": round(sum(s.clips for s in self._window) / elapsed, 2),
             "data_wait": round(min(sum(s.waited for s in self._window) / elapsed, 1.0), 4),
+            "batches_ready": round(sum(s.ready for s in self._window) / len(self._window), 2),
+            "decode_ms": round(1000 * effort.spent.total / effort.clips, 3) if effort.clips else None,
             "skipped_clips": self._skipped,
             "nonfinite_steps": self._nonfinite,
             "time": round(time.time(), 3),
         }
         self._metrics.write(json.dumps(entry) + "\n")
         if self._board is not None:
-            for name in ("loss", "grad_norm", "lr", "clips_per_second", "data_wait"):
+            for name in ("loss", "grad_norm", "lr", "clips_per_second", "data_wait", "batches_ready", "decode_ms"):
                 if entry[name] is not None:
                     self._board.add_scalar(name, entry[name], done.step)
         self._show(entry)
+        self._reports += 1
+        if self._advise and self._reports > 1 and entry["data_wait"] > LIMIT and effort.clips:
+            self._advise = False
+            rate, wait = entry["clips_per_second"], entry["data_wait"]
+            self.say("data: " + advice(self._supply, waited=wait, clips_per_second=rate, effort=effort))
         self._begin_window()
 
     def _show(self, entry: dict) -> None:
         text = (
             f"loss {_number(entry['loss'])}, lr {entry['lr']:.1e}, {entry['clips_per_second']:.0f} clips/s, "
-            f"data wait {entry['data_wait']:.0%}"
+            f"data wait {entry['data_wait']:.0%} ({entry['batches_ready']:.1f} ready"
         )
+        # the workers' time for a video, all its views
+        text += ")" if entry["decode_ms"] is None else f", {entry['decode_ms']:.1f} ms a video)"
         text += f", {self._skipped} clips skipped" if self._skipped else ""
         text += f", {self._nonfinite} steps not finite" if self._nonfinite else ""
         if self._interactive:

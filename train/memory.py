@@ -34,6 +34,7 @@ class Workload:
     bytes_each: int = 2
     accumulates: bool = False  # gradients of earlier micro-batches lie in memory from the start
     short_last_layer: bool = True  # of the decoder
+    inputs_held: int = 1  # micro-batches of pixels on the device: the one in use, and those that wait
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,14 @@ def estimate(work: Workload, micro_batch: int) -> Memory:
     resting, gradients = 12 * work.num_parameters, 4 * work.num_parameters
     copies = work.bytes_each * work.num_parameters if work.bytes_each < 4 else 0
     weights = resting + int(_copied_share(work.recompute) * copies)
-    frames = micro_batch * work.input.frames * work.input.size[0] * work.input.size[1] * len(work.input.mean)
+    frames = (
+        work.inputs_held
+        * micro_batch
+        * work.input.frames
+        * work.input.size[0]
+        * work.input.size[1]
+        * len(work.input.mean)
+    )
     # backward passes through the last layers, where the peak is, before most gradients exist
     moments = [
         Memory(weights, gradients if work.accumulates else 0, frames + micro_batch * live) for live in _moments(work)

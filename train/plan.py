@@ -103,9 +103,11 @@ def plan_batch(clips: int, work: Workload, *, budget: int, micro_batch: int | No
     return BatchPlan(clips, micro_batch, peak, peak <= budget)
 
 
-def workload(config: PretrainConfig, num_parameters: int, precision: str) -> Workload:
-    """What a micro-batch of the run computes."""
+def workload(config: PretrainConfig, num_parameters: int, precision: str, device_type: str = "cuda") -> Workload:
+    """What a micro-batch of the run computes and holds."""
     model = config.model
+    # on a GPU the next micro-batch arrives while one is in use, and graphs read theirs from a place of their own
+    inputs_held = 1 if device_type == "cpu" else 3 if config.engine == "graph" else 2
     return Workload(
         size_of(model.size),
         model.input,
@@ -115,6 +117,7 @@ def workload(config: PretrainConfig, num_parameters: int, precision: str) -> Wor
         model.recompute,
         bytes_each=4 if precision == "float32" else 2,
         short_last_layer=model.short_last_layer,
+        inputs_held=inputs_held,
     )
 
 
@@ -170,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{counts.visible} of {work.input.num_cubes} cubes visible, {counts.visible + counts.decoded} tokens in the "
         f"decoder; {precision}; a step may take {budget / 1e9:.0f} of {memory:g} GB"
     )
-    print("\n".join(["", *_table(work, config.batch_size * config.sampling.views, budget)]))
+    print("\n".join(["", *_table(work, config.clips_per_step, budget)]))
     return 0
 
 

@@ -22,8 +22,9 @@ from train.recipes import PRETRAIN, PretrainConfig
 from train.run import Run, prepare, say_plan
 from train.signals import stop_signals
 from train.skipped import Skipped, TooManyUnreadable
-from videomae.data.dataset import ClipReader, Order, Sample
-from videomae.data.loader import Batch, Loader
+from videomae.data.dataset import Order, Sample
+from videomae.data.feed import OnDevice, feed
+from videomae.data.loader import NO_EFFORT, Loader
 
 PROG = "python -m train.pretrain"
 _PREVIEWS = 3  # clips in the reconstruction picture
@@ -63,24 +64,23 @@ def pretrain(run: Run) -> int:
     config, steps, done = run.config, run.schedule.steps, run.start
     if done >= steps:
         return _finish(run, done, "Already finished", [])
-    order = Order(len(run.videos), config.seed, config.sampling.views)
-    reader = ClipReader(
-        config.model.frames, config.model.input.size, config.sampling.stride, config.augment, config.seed
-    )
+    order = Order(len(run.videos), config.seed, config.data.views_per_decode)
     skipped = Skipped(run.out / "skipped.jsonl", run.videos.paths, done)
-    log = RunLog(run.out, config.log, start=done, steps=steps, max_nonfinite=config.optim.max_nonfinite)
+    log = RunLog(
+        run.out, config.log, start=done, steps=steps, max_nonfinite=config.optim.max_nonfinite, supply=run.supply
+    )
     loader = Loader(
-        reader,
+        run.reader,
         run.videos.paths,
         _batches(run, order),
         batch_size=max(run.plan.micro_batch, min(_PREVIEWS, len(run.videos))),
         workers=run.workers,
         config=config.loader,
         known_skips=skipped.known,
+        cache=run.cache,
     )
     engine = make_engine(config.engine, run.objective, run.updater)
-    with stop_signals() as stop, log, loader:
-        batches = iter(loader)
+    with stop_signals() as stop, log, loader, feed(loader, run.device, log.say) as batches:
         preview = _keep(next(batches))
         saved = done if done else None
         try:
@@ -105,7 +105,7 @@ def pretrain(run: Run) -> int:
 
 
 def _step(
-    run: Run, engine: Engine, step: int, batches: Iterator[Batch], skipped: Skipped, log: RunLog, stop: list[int]
+    run: Run, engine: Engine, step: int, batches: Iterator[OnDevice], skipped: Skipped, log: RunLog, stop: list[int]
 ) -> dict[str, Any] | None:
     """One update: micro-batches forward and backward, then the optimiser. step counts from 0.
 
@@ -113,22 +113,24 @@ def _step(
     """
     clips = run.plan.clips
     real, waited, lost, paths = 0, 0.0, 0, []
+    effort, ready = NO_EFFORT, 0
     for _ in range(run.plan.accumulation):
         if stop:
             return None
         before = time.monotonic()
-        batch = next(batches)
+        batch, frames, weight, keys = next(batches)
         waited += time.monotonic() - before
+        effort, ready = effort.plus(batch.effort), ready + batch.ready
         for skip in skipped.see(batch.samples, batch.skips, step + 1):
             log.say(f"skipped: {skip.path}: {skip.reason}")
         micro_real = len(batch.samples) - len(batch.skips)
         real, lost = real + micro_real, lost + len(batch.skips)
         paths += [run.videos.paths[sample.index] for sample in batch.samples]
-        inputs = {"frames": batch.frames, "keys": batch.keys}
+        inputs = {"frames": frames, "keys": keys}
         if batch.skips or engine.fixed:
-            inputs["weight"] = batch.weight
+            inputs["weight"] = weight
         # the micro-batch's share of the step, as if all clips were real; corrected below when some are not
-        engine.micro_batch({name: _to_device(x, run.device) for name, x in inputs.items()}, micro_real / clips)
+        engine.micro_batch(inputs, micro_real / clips)
     factor = clips / real if 0 < real < clips else 1.0
     return {
         "values": engine.update(step, grad_factor=factor, skip=real == 0),
@@ -136,27 +138,25 @@ def _step(
         "clips": clips,
         "skipped": lost,
         "waited": waited,
+        "effort": effort,
+        "ready": ready / run.plan.accumulation,
         "paths": paths,
     }
 
 
-def _to_device(x: Tensor, device: torch.device) -> Tensor:
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
-
-
 def _batches(run: Run, order: Order) -> Iterator[list[Sample]]:
     """First the clips of the picture, then every micro-batch of the run from where it starts."""
-    views = run.config.sampling.views
+    views = run.config.data.views_per_decode
     yield [order.samples(i * views, 1)[0] for i in range(min(_PREVIEWS, len(run.videos)))]
     micro = run.plan.micro_batch
     for k in range(run.start * run.plan.accumulation, run.schedule.steps * run.plan.accumulation):
         yield order.samples(k * micro, micro)
 
 
-def _keep(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Frames and mask keys of the readable clips, copied out of the loader's memory."""
+def _keep(batch: OnDevice) -> tuple[Tensor, Tensor]:
+    """Frames and mask keys of the readable clips, copied out of the feed's memory to the host's."""
     readable = batch.weight > 0
-    return batch.frames[readable].clone(), batch.keys[readable]
+    return batch.frames[readable].cpu(), batch.keys[readable].cpu()
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from train.optim import Optim
 from videomae import masking
 from videomae.blocks import RECOMPUTE, Recompute, set_recompute
 from videomae.data.augment import Augment
+from videomae.data.decode import ReaderName
 from videomae.data.loader import LoaderConfig
 from videomae.model import Input, VideoMAE, pretrain_model, size_of
 
@@ -79,11 +80,37 @@ class Sampling:
     """Which frames make a clip."""
 
     stride: int = 4  # frames of the video from one frame of the clip to the next
-    views: int = 1  # crops and masks of each decoded clip; a step then has batch-size * views clips
 
     def __post_init__(self) -> None:
         check(self.stride >= 1, f"sampling.stride must be at least 1; got {self.stride}")
-        check(self.views >= 1, f"sampling.views must be at least 1; got {self.views}")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where clips come from, and what is made of each decoded one."""
+
+    # folder of videos, list file (`path label`, `path`, `path 0 -1`), or prepared set, also by URL (s3://...); the demo
+    # renders its own
+    path: Annotated[str | None, tyro.conf.arg(aliases=["--data"])] = None
+    # crops and masks of each decoded video (V2's repeated augmentation); a step then has batch-size * views clips, and
+    # the learning rate ignores that
+    views_per_decode: int = 1
+    windows: int = 1  # temporal windows that the views of a video are spread over
+    reader: ReaderName = "auto"  # PyAV; decord and torchcodec (untested on a GPU) must be asked for
+    device: Literal["cpu", "cuda"] = "cpu"  # where torchcodec decodes; cuda: by the GPU's decoder
+    cache: str = "~/.cache/videomae"  # folder that keeps what was read from a URL
+    cache_gb: float = 50.0  # the most it may hold
+
+    def __post_init__(self) -> None:
+        check(self.path != "", "data must not be empty")
+        views, windows = self.views_per_decode, self.windows
+        check(views >= 1, f"data.views-per-decode must be at least 1; got {views}")
+        check(
+            1 <= windows <= views and views % windows == 0,
+            f"data.windows must divide data.views-per-decode, {views}; got {windows}",
+        )
+        check(self.device == "cpu" or self.reader == "torchcodec", "--data.device cuda needs --data.reader torchcodec")
+        check(0 < self.cache_gb < 1e9, f"data.cache-gb must be positive; got {self.cache_gb}")
 
 
 @dataclass(frozen=True)
@@ -98,9 +125,6 @@ class PretrainConfig:
     """A pre-training run."""
 
     recipe: Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress]
-    data: str | None = (
-        None  # folder of videos, or list file (`path label`, `path`, `path 0 -1`); the demo renders its own
-    )
     out: str | None = None  # run folder; runs/pretrain-RECIPE if not given
     epochs: float | None = None  # length of the run in passes over the videos
     steps: int | None = None  # length of the run in steps: the whole schedule is fitted into it
@@ -122,6 +146,7 @@ class PretrainConfig:
     resume: str = (
         "auto"  # auto: go on where the run folder stopped; never: move the old run aside; PATH: from that checkpoint
     )
+    data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     mask: Masking = field(default_factory=Masking)
     sampling: Sampling = field(default_factory=Sampling)
@@ -140,10 +165,14 @@ class PretrainConfig:
             self.micro_batch is None or self.micro_batch >= 1, f"micro-batch must be at least 1; got {self.micro_batch}"
         )
         check(-(2**63) <= self.seed < 2**63, f"seed must fit 64 bits; got {self.seed}")
-        check(self.data != "", "data must not be empty")
         check(self.resume != "", "resume must be auto, never, or the path of a checkpoint")
         check(self.workers is None or self.workers >= 0, f"workers must not be negative; got {self.workers}")
         _ = self.counts
+
+    @property
+    def clips_per_step(self) -> int:
+        """Samples of a step: every video's views."""
+        return self.batch_size * self.data.views_per_decode
 
     @property
     def counts(self) -> masking.Counts:
@@ -182,7 +211,8 @@ def tiny() -> PretrainConfig:
         batch_size=4,
         model=Model("vit_tiny", image_size=112, decoder_depth=3),
         mask=Masking(ratio=0.75),
-        sampling=Sampling(stride=4, views=4),
+        data=Data(views_per_decode=4),
+        sampling=Sampling(stride=4),
         augment=Augment(scales=(1,)),
         optim=Optim(base_lr=0.25, min_lr=1e-3),
         log=Logging(every=25, picture_every=500),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from kernels.launch import check
 from train import checkpoint, record
 from train.cli import flat
 from train.engine import check_engine
@@ -16,16 +17,21 @@ from train.objective import PretrainObjective
 from train.optim import PRECISIONS, Schedule, Updater, resolve_precision, schedule
 from train.plan import BatchPlan, available_cpus, bytes_text, memory_budget, pick_device, plan_batch, workload
 from train.recipes import PRETRAIN, PretrainConfig, build
+from train.waiting import Supply
 from videomae.attention import Choice, choose
 from videomae.blocks import set_attention
-from videomae.data.dataset import VideoList, find_videos
+from videomae.data import decode, storage
+from videomae.data.dataset import ClipReader, VideoList, find_videos
+from videomae.data.decode import Decoder
 from videomae.data.demo import make_demo
+from videomae.data.torchcodec_reader import check_parity
 from videomae.model import VideoMAE, size_of
 
 # what may differ between the parts of one run: nothing here changes a clip. steps and epochs change the learning rates
 # still to come; micro_batch, device and how a step is computed the rounding
 _FREE = (
-    *("data", "out", "epochs", "steps", "micro_batch", "workers", "device", "resume", "optim.max_nonfinite"),
+    *("data.path", "data.cache", "data.cache_gb"),
+    *("out", "epochs", "steps", "micro_batch", "workers", "device", "resume", "optim.max_nonfinite"),
     *("engine", "attention", "model.recompute", "model.short_last_layer"),
 )
 _FREE_SECTIONS = ("loader.", "log.", "checkpoint.")
@@ -48,6 +54,34 @@ class Run:
     updater: Updater
     attention: dict[str, Choice]  # of encoder and decoder
     start: int  # steps done before
+
+    @property
+    def cache(self) -> storage.CacheConfig | None:
+        """Where the workers keep what they read from a URL."""
+        return _cache(self.config)
+
+    @property
+    def supply(self) -> Supply:
+        """What decodes for the step."""
+        data = self.config.data
+        stored, remote = "::" in self.videos.paths[0], self.cache is not None
+        ahead = self.config.loader.batches_ahead
+        return Supply(self.workers, available_cpus(), data.views_per_decode, ahead, stored, remote)
+
+    @property
+    def reader(self) -> ClipReader:
+        """What makes clips of the videos."""
+        config = self.config
+        return ClipReader(
+            config.model.frames,
+            config.model.input.size,
+            config.sampling.stride,
+            config.augment,
+            config.seed,
+            views=config.data.views_per_decode,
+            windows=config.data.windows,
+            decoder=Decoder(config.data.reader, config.data.device),
+        )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the weights."""
@@ -73,7 +107,7 @@ def prepare(config: PretrainConfig) -> tuple[Run, Path | None]:
     cpus = available_cpus()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(cpus)
-    videos = find_videos(config.data) if config.data is not None else _demo_videos(config)
+    videos = _videos(config)
     out = Path(config.out or f"runs/pretrain-{config.recipe}")
     found = _find_checkpoint(config, out, videos, precision)
 
@@ -106,6 +140,41 @@ def prepare(config: PretrainConfig) -> tuple[Run, Path | None]:
     checkpoint.set_aside_after(out / "checkpoints", start)
     record.write_config(out, flat(config), _facts(run), resumed_at=start if found else None)
     return run, found[0] if found else None
+
+
+def _videos(config: PretrainConfig) -> VideoList:
+    """The videos of --data, and what is wrong with them as a set; ValueError when the recipe cannot use them."""
+    path = config.data.path
+    if path is None:
+        return _demo_videos(config)
+    storage.configure(_cache(config))
+    videos = find_videos(path)
+    for note in videos.notes:
+        print(f"warning: {note}", file=sys.stderr)
+    check(
+        config.sampling.stride % videos.step == 0,
+        f"{path} holds frames 0, {videos.step}, {2 * videos.step}, ... only: --sampling.stride must be a multiple of "
+        f"{videos.step}, not {config.sampling.stride}",
+    )
+    check(
+        config.data.reader != "decord" or decode.decord is not None,
+        "--data.reader decord needs decord: pip install decord2",
+    )
+    if config.data.reader == "torchcodec":
+        check("::" not in videos.paths[0], "a prepared set has its own reader: leave --data.reader at auto")
+        difference = check_parity(videos.paths, config.data.device)
+        print(
+            f"reader    torchcodec on {config.data.device}; pixels {difference:.2f} grey levels from the ordinary one's"
+        )
+    return videos
+
+
+def _cache(config: PretrainConfig) -> storage.CacheConfig | None:
+    """Where what is read from a URL is kept; None for data on disk."""
+    data = config.data
+    if data.path is None or not storage.is_url(data.path):
+        return None
+    return storage.CacheConfig(str(Path(data.cache).expanduser()), data.cache_gb)
 
 
 def _attention(config: PretrainConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Choice]:
@@ -200,9 +269,8 @@ def _schedule(config: PretrainConfig, num_videos: int) -> Schedule:
 def _plan(
     config: PretrainConfig, model: VideoMAE, device: torch.device, precision: str, micro_batch: int | None
 ) -> BatchPlan:
-    work = workload(config, sum(p.numel() for p in model.parameters()), precision)
-    clips = config.batch_size * config.sampling.views
-    return plan_batch(clips, work, budget=memory_budget(device), micro_batch=micro_batch)
+    work = workload(config, sum(p.numel() for p in model.parameters()), precision, device.type)
+    return plan_batch(config.clips_per_step, work, budget=memory_budget(device), micro_batch=micro_batch)
 
 
 def _facts(run: Run) -> dict[str, Any]:
@@ -241,8 +309,10 @@ def say_plan(run: Run, resumed_from: Path | None) -> None:
         hides += f"; {config.decoder_mask} leaves {counts.predicted} of them to predict"
     chosen = dict.fromkeys(run.attention.values())
     passes = run.schedule.steps * config.batch_size / len(run.videos)
+    views = config.data.views_per_decode
+    epochs = f"{passes:,.1f} epochs" + (f" x {views} views = {passes * views:,.1f} effective ones" if views > 1 else "")
     print(f"run       {run.out}")
-    print(f"data      {config.data or 'data/demo'}: {len(run.videos):,} videos, {run.workers} workers")
+    print(f"data      {config.data.path or 'data/demo'}: {len(run.videos):,} videos, {run.workers} workers")
     print(f"model     {model.size}, decoder depth {model.decoder_depth}: {millions:.1f} M parameters")
     print(f"clip      {model.frames} x {height} x {width}, stride {config.sampling.stride}; {hides}")
     print(f"device    {device}, {run.precision}; engine {config.engine}")
@@ -253,7 +323,7 @@ def say_plan(run: Run, resumed_from: Path | None) -> None:
     print(
         f"batch     {run.plan.clips} clips a step = "
         f"{run.plan.micro_batch} at a time x {run.plan.accumulation} accumulated"
-        + (f" ({config.batch_size} videos x {config.sampling.views} views)" if config.sampling.views > 1 else "")
+        + (f" ({config.batch_size} videos x {views} views)" if views > 1 else "")
     )
     recomputed = "" if model.recompute == "none" else f", {model.recompute} computed anew"
     print(f"memory    {bytes_text(run.plan.peak_bytes)} at a step's peak, estimated{recomputed}")
@@ -264,7 +334,7 @@ def say_plan(run: Run, resumed_from: Path | None) -> None:
             file=sys.stderr,
         )
     print(
-        f"schedule  {run.schedule.steps:,} steps ({passes:,.1f} epochs), {run.schedule.warmup_steps:,} of warm-up; "
+        f"schedule  {run.schedule.steps:,} steps ({epochs}), {run.schedule.warmup_steps:,} of warm-up; "
         f"learning rate {config.optim.base_lr:g} x {config.batch_size}/256 = {run.schedule.peak:.3g}"
     )
     if resumed_from:

@@ -218,10 +218,10 @@ def test_refuses_what_no_kernel_takes(kernel_device):
 
 
 def test_sums_keep_float32_whatever_the_weight_is(kernel_device):
-    x, residual = torch.zeros(2, 9000, 4, device=kernel_device).half(), None
-    residual = torch.randn(2, 9000, 4, device=kernel_device).half()
+    x = torch.zeros(2, 550, 4, device=kernel_device).half()
+    residual = torch.randn(2, 550, 4, device=kernel_device).half()
     w = torch.ones(4, device=kernel_device).half().requires_grad_()
     b, x_bias = (torch.zeros(4, device=kernel_device).requires_grad_() for _ in range(2))
     y, _ = layer_norm(x, residual, w, b, EPS, x_bias)
-    (db,) = torch.autograd.grad(y, b, torch.full_like(y, 8.0))
-    assert (db == 8 * 18000).all()  # beyond float16's range
+    (db,) = torch.autograd.grad(y, b, torch.full_like(y, 64.0))
+    assert (db == 64 * 1100).all()  # beyond float16's range

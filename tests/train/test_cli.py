@@ -19,7 +19,7 @@ def test_starts_from_the_default_recipe_or_a_named_one_and_changes_it_by_flags()
     )
     assert config.model.decoder_depth == 8
     assert config.model.image_size == (112, 160)
-    assert (config.data, config.steps, config.epochs, config.recipe) == ("x y", 3, 800, "k400-base-800")
+    assert (config.data.path, config.steps, config.epochs, config.recipe) == ("x y", 3, 800, "k400-base-800")
     assert read("k400_base_800") == PRETRAIN["k400-base-800"]()
 
 

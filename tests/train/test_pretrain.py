@@ -5,25 +5,17 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 import videomae
 from kernels.tiles import table_hash
+from tests.runs import assert_same, metrics, run, start, wait_for, weights
 from tests.videos import moving_frames, write_video
 from train.pretrain import main
-
-FAST = (
-    "--model.frames 4 --model.image-size 16 --model.cube 2 8 8 --model.decoder-depth 1 --mask.ratio 0.5 --batch-size 6"
-)
-FAST += " --workers 0 --log.every 2 --log.tensorboard false --checkpoint.keep 9"
 
 
 @pytest.fixture
@@ -33,36 +25,6 @@ def videos(tmp_path):
     for i in range(5):
         write_video(folder / f"{i}.mp4", moving_frames(14, 24, 32, seed=i))
     return folder
-
-
-def run(videos, out, *flags):
-    return main(["demo", *FAST.split(), "--data", str(videos), "--out", str(out), *map(str, flags)])
-
-
-def start(videos, out, *flags):
-    command = [sys.executable, "-m", "train.pretrain", "demo", *FAST.split(), "--data", str(videos), "--out", str(out)]
-    return subprocess.Popen([*command, *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def metrics(out):
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(out, step):
-    return load_file(Path(out) / "checkpoints" / f"step_{step}" / "model.safetensors")
-
-
-def assert_same(first, second):
-    assert set(first) == set(second)
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-
-
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_leaves_a_checkpoint_metrics_curves_a_picture_and_a_record(videos, tmp_path, capsys):
@@ -106,7 +68,7 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(videos, tmp_path)
 
 def test_accumulated_micro_batches_give_the_whole_batch(videos, tmp_path):
     for name, micro in (("whole", 12), ("parts", 3)):
-        run(videos, tmp_path / name, "--steps", 5, "--micro-batch", micro, "--sampling.views", 2)
+        run(videos, tmp_path / name, "--steps", 5, "--micro-batch", micro, "--data.views-per-decode", 2)
     for name, value in weights(tmp_path / "whole", 5).items():
         torch.testing.assert_close(weights(tmp_path / "parts", 5)[name], value, rtol=1e-3, atol=1e-5)
     for one, other in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
@@ -117,7 +79,7 @@ def test_accumulated_micro_batches_give_the_whole_batch(videos, tmp_path):
 @pytest.mark.parametrize("kill_at", [7, pytest.param(13, marks=pytest.mark.long)])
 def test_a_run_killed_in_mid_epoch_ends_bit_identical_to_one_that_was_not(videos, tmp_path, kill_at):
     # 5 videos, 6 to a step: every step lies across an epoch's end
-    flags = ("--steps", 18, "--checkpoint.every", 3, "--sampling.views", 2, "--micro-batch", 4, "--workers", 1)
+    flags = ("--steps", 18, "--checkpoint.every", 3, "--data.views-per-decode", 2, "--micro-batch", 4, "--workers", 1)
     whole = start(videos, tmp_path / "whole", *flags)
     killed = start(videos, tmp_path / "killed", *flags)
     wait_for(lambda: (tmp_path / "killed" / "checkpoints" / f"step_{kill_at // 3 * 3}").exists())

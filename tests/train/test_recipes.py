@@ -32,7 +32,7 @@ def test_has_the_published_numbers(name):
     config = PRETRAIN[name]()
     assert (config.recipe, config.model.size, config.epochs, config.steps) == (name, size, epochs, None)
     assert (config.batch_size, config.optim.base_lr, config.mask.ratio) == (batch, base_lr, ratio)
-    assert (config.sampling.stride, config.sampling.views, config.model.decoder_depth) == (stride, 1, depth)
+    assert (config.sampling.stride, config.data.views_per_decode, config.model.decoder_depth) == (stride, 1, depth)
     assert config.optim.base_lr * config.batch_size / 256 == pytest.approx(lr)
     # RECIPES D.1
     optim = config.optim

@@ -1,35 +1,46 @@
 """Video file -> upright uint8 RGB frames, by frame number.
 
-decord reads files whose frames are stored in the order they are shown. PyAV reads the others, and what decord cannot
-open: with B-frames decord is slower, since PyAV can leave out frames that nobody refers to (1.2 to 1.6 times on
-Kinetics-like clips), and it numbers and seeks wrongly, without a word, in open GOPs (x265's default), without
-presentation times (AVI), in MPEG transport and program streams, and where an edit list drops frames. So a file's
-packets are looked at first (1 to 4 ms, remembered). Both give the same frames, rotation, colour range and matrix.
+PyAV reads every file; a file's packets are looked at first (1 to 4 ms, remembered), so that frames have the numbers in
+which they are shown. decord can be asked for, and then reads the files that it numbers rightly: those whose frames are
+stored in the order they are shown, but for open GOPs (x265's default), AVI, MPEG transport and program streams, and
+edit lists that drop frames. It is not the default, as it is slower (PyAV takes 0.6 to 0.98 of its time, the least with
+B-frames, of which it leaves out those that nobody refers to), gives damaged frames without a word, and keeps 300 bytes
+of every file that it opened. All readers give the same frames, rotation, colour range and matrix.
 Readers hold C state: open them in the process that uses them.
 """
 
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import av
 import numpy as np
+from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
+
+if TYPE_CHECKING:
+    from videomae.data.shards import StoredVideo
 
 try:
     import decord
-except ImportError:  # PyAV reads everything then, more slowly
+except ImportError:  # nothing but --data.reader decord needs it
     decord = None
 
 # codecs in which a frame marked as not referred to is referred to by none at all, so that leaving it out changes no
 # other (in HEVC and AV1 that holds within a temporal layer only)
 _SKIPPABLE = frozenset(("h264", "mpeg4", "mpeg2video"))
+_B_FRAME = PictureType.B
 # containers in which neither presentation times nor seeking can be relied on
 _UNTIMED = frozenset(("avi", "mpeg", "mpegts"))
+# from PyAV 17 on a conversion starts a thread on every core unless it is told not to; before, it could not be told
+ONE_THREAD: dict[str, Any] = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
+# frames that decord reads at once when it reads all: 50 MB of 1080p
+_AT_ONCE = 8
 
 
 # what PyAV raises on damaged files: its own errors, and now and then what a damaged header leads Python to
@@ -44,28 +55,63 @@ class UnreadableVideo(Exception):
         self.path, self.reason = str(path), reason
 
 
+# auto: PyAV; the others must be asked for, and PyAV reads what they would read wrongly
+ReaderName = Literal["auto", "decord", "torchcodec"]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Who reads video files; device: where torchcodec decodes."""
+
+    reader: ReaderName = "auto"
+    device: Literal["cpu", "cuda"] = "cpu"
+
+
+_ORDINARY = Decoder()
+
+
 class Video:
     """One open video file; `len` is its number of frames."""
 
-    def __init__(self, path: str | Path) -> None:
-        """Raises UnreadableVideo when it cannot be opened, or holds no frame."""
+    def __init__(self, path: str | Path, decoder: Decoder = _ORDINARY) -> None:
+        """path: a file, or a video's place in a prepared set, which decoder does not concern. Raises UnreadableVideo
+        when it cannot be opened, or holds no frame."""
         self.path = str(path)
+        self._stored = _open_stored(self.path) if "::" in self.path else None
+        if self._stored is not None:
+            self._reader: _Reader = self._stored
+            return
         self._index = _index(self.path)
-        self._reader: _Reader = _open_decord(self.path, self._index) or _PyAVReader(self.path, self._index)
+        found: _Reader | None = None
+        if decoder.reader == "torchcodec":
+            found = _open_torchcodec(self.path, self._index, decoder.device)
+        elif decoder.reader == "decord":
+            found = _open_decord(self.path, self._index)
+        self._reader = found or _PyAVReader(self.path, self._index)
 
     def __len__(self) -> int:
-        return self._index.num_frames
+        return self._index.num_frames if self._stored is None else len(self._stored)
+
+    @property
+    def step(self) -> int:
+        """1, as every frame can be read; s when only frames 0, s, 2s, ... are stored."""
+        return 1 if self._stored is None else self._stored.step
+
+    @property
+    def rate(self) -> float:
+        """Frames a second, on average; 25 where the file does not say."""
+        return self._index.rate if self._stored is None else self._stored.rate
 
     @property
     def backend(self) -> str:
-        """decord or pyav, whichever reads this file."""
+        """Which reader has this file."""
         return self._reader.backend
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
         """Frames with these numbers, uint8 [K, h, w, 3], upright.
 
         Raises UnreadableVideo when a frame, or one that it is predicted from, is damaged; IndexError for a number out
-        of range.
+        of range; ValueError for one that is not stored.
         """
         if not all(0 <= i < len(self) for i in indices):
             raise IndexError(f"{self.path} has frames 0 to {len(self) - 1}; asked for {min(indices)} to {max(indices)}")
@@ -75,6 +121,36 @@ class Video:
             self._reader = _PyAVReader(self.path, self._index)
             return self._reader.read(indices)
 
+    def stream(self) -> Iterator[np.ndarray]:
+        """Every frame (every stored one) in order, uint8 [h, w, 3], in one pass; a few frames are in memory at a time.
+
+        Raises UnreadableVideo at the first that is damaged.
+        """
+        done = 0
+        try:
+            for frame in self._reader.stream():
+                yield frame
+                done += 1
+        except _DecordCannot:
+            self._reader = _PyAVReader(self.path, self._index)
+            yield from islice(self._reader.stream(), done, None)
+
+
+def _open_stored(path: str) -> "StoredVideo | None":
+    """None when path is a file whose name has two colons."""
+    from videomae.data import shards  # which imports this module
+
+    return shards.StoredVideo(path) if shards.is_locator(path) else None
+
+
+def _open_torchcodec(path: str, index: "_Index", device: str) -> "_Reader | None":
+    """None when torchcodec would number this file's frames wrongly."""
+    from videomae.data import torchcodec_reader  # which imports this module
+
+    if not torchcodec_reader.suits_torchcodec(path):
+        return None
+    return torchcodec_reader.open_torchcodec(path, index.num_frames, device)
+
 
 class _Index(NamedTuple):
     """What a file's packets say before anything is decoded."""
@@ -83,6 +159,7 @@ class _Index(NamedTuple):
     suits_decord: bool
     times: array  # of presentation, in order, in the stream's unit; empty where they cannot be relied on
     keys: tuple[tuple[int, int], ...]  # (presentation, decoding) times of the key frames, in order
+    rate: float  # frames a second
 
 
 # by path: a file is read again in every epoch. 8,192 of 300 frames take 20 MB
@@ -95,18 +172,21 @@ def _index(path: str) -> _Index:
         with av.open(path, metadata_errors="replace") as container:
             stream = _stream(path, container)
             found = [p for p in container.demux(stream) if p.size > 0]
+            while found and found[-1].is_corrupt:
+                found.pop()  # cut off in the middle: what it decodes to is the frame before
             timed = container.format.name not in _UNTIMED and all(p.pts is not None for p in found)
+            rate = float(stream.average_rate or stream.guessed_rate or 25)
     except _LIBRARY_ERRORS as error:
         raise UnreadableVideo(path, _reason(error)) from error
     shown = [p for p in found if not p.is_discard]
     if not shown:
         raise UnreadableVideo(path, "no video frames")
     if not timed:
-        return _Index(len(shown), False, array("q"), ())
+        return _Index(len(shown), False, array("q"), (), rate)
     times = [p.pts or 0 for p in shown]
     in_order = all(earlier < later for earlier, later in pairwise(times))
     keys = sorted((p.pts or 0, (p.pts if p.dts is None else p.dts) or 0) for p in found if p.is_keyframe)
-    return _Index(len(shown), in_order and len(shown) == len(found), array("q", sorted(times)), tuple(keys))
+    return _Index(len(shown), in_order and len(shown) == len(found), array("q", sorted(times)), tuple(keys), rate)
 
 
 def _reason(error: Exception) -> str:
@@ -129,6 +209,8 @@ class _Reader(Protocol):
 
     def read(self, indices: Sequence[int]) -> np.ndarray: ...
 
+    def stream(self) -> Iterator[np.ndarray]: ...
+
 
 class _DecordCannot(Exception):
     """decord failed on frames of a file that it had opened."""
@@ -145,6 +227,10 @@ class _DecordReader:
             return self._video.get_batch([int(i) for i in indices]).asnumpy()
         except decord.DECORDError as error:
             raise _DecordCannot from error
+
+    def stream(self) -> Iterator[np.ndarray]:
+        for start in range(0, len(self._video), _AT_ONCE):
+            yield from self.read(range(start, min(start + _AT_ONCE, len(self._video))))
 
 
 def _open_decord(path: str, index: _Index) -> _DecordReader | None:
@@ -164,7 +250,7 @@ class _PyAVReader:
     backend = "pyav"
 
     def __init__(self, path: str, index: _Index) -> None:
-        self._path, self._times, self._keys = path, index.times, index.keys
+        self._path, self._times, self._keys, self._num_frames = path, index.times, index.keys, index.num_frames
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
         # a frame's name: its time of presentation; without times, its count from the start
@@ -181,6 +267,32 @@ class _PyAVReader:
             raise UnreadableVideo(self._path, f"its frames have different sizes: {sorted(shapes)}")
         return np.stack([found[name] for name in names])
 
+    def stream(self) -> Iterator[np.ndarray]:
+        count, shape = 0, None
+        try:
+            with av.open(self._path, metadata_errors="replace") as container:
+                reformatter = VideoReformatter()
+                for name, frame in self._frames(container, _stream(self._path, container), None):
+                    if count == self._num_frames or name != (self._times[count] if self._times else count):
+                        # frames that an edit list leaves out; one that is missing is found out below
+                        continue
+                    if frame.is_corrupt:
+                        raise UnreadableVideo(self._path, f"damaged: frame {count}")
+                    image = self._image(frame, reformatter)
+                    shape = shape or image.shape
+                    if image.shape != shape:
+                        raise UnreadableVideo(self._path, f"its frames have different sizes: {shape}, {image.shape}")
+                    yield image
+                    count += 1
+        except _LIBRARY_ERRORS as error:
+            raise UnreadableVideo(self._path, f"damaged: {_reason(error)}") from error
+        if count < self._num_frames:
+            raise UnreadableVideo(self._path, f"damaged: frame {count} of {self._num_frames} does not decode")
+
+    @staticmethod
+    def _image(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
+        return np.rot90(reformatter.reformat(frame, format="rgb24", **ONE_THREAD).to_ndarray(), frame.rotation // 90)
+
     def _decode(self, wanted: set[int], *, seek: bool) -> dict[int, np.ndarray]:
         found: dict[int, np.ndarray] = {}
         with av.open(self._path, metadata_errors="replace") as container:
@@ -189,13 +301,21 @@ class _PyAVReader:
                 # the key frame's decoding time: by presentation time a seek can land on a later one
                 container.seek(self._keys[before - 1][1], stream=stream)
             reformatter = VideoReformatter()  # keeps its tables from frame to frame, where a frame's own does not
+            damaged, found_here = False, 0  # since the last key frame
             for name, frame in self._frames(container, stream, wanted if seek else None):
-                if name is not None and name in wanted:
-                    if frame.is_corrupt:
-                        raise UnreadableVideo(self._path, "damaged: a frame of the clip is marked corrupt")
-                    image = reformatter.reformat(frame, format="rgb24").to_ndarray()
-                    found[name] = np.rot90(image, frame.rotation // 90)
-                if len(found) == len(wanted):
+                if frame.key_frame:
+                    damaged, found_here = False, 0
+                # a frame may be predicted from any other since the key frame
+                damaged = damaged or frame.is_corrupt
+                is_wanted = name is not None and name in wanted
+                if damaged and (is_wanted or found_here):
+                    raise UnreadableVideo(self._path, "damaged: a frame of the clip, or one it is predicted from")
+                if is_wanted:
+                    assert name is not None
+                    found[name] = self._image(frame, reformatter)
+                    found_here += 1
+                # a B-frame is predicted from the frame behind it too
+                if len(found) == len(wanted) and frame.pict_type != _B_FRAME:
                     break
         return found
 

@@ -1,50 +1,18 @@
-"""One worker of the loader: a process that `loader.py` starts on `main` here.
-
-It decodes the clips that its socket names into the shared memory, and says when each is there. It dies with its parent.
-"""
+"""One worker of a pool: a process that `pool.py` starts on `main` here. It dies with its parent."""
 
 import ctypes
-import mmap
+import itertools
 import os
 import signal
 import sys
 import traceback
 from multiprocessing.connection import Connection
-from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from videomae.data.dataset import ClipReader, Sample
-from videomae.data.decode import UnreadableVideo
+from videomae.data.pool import Answer, Service
 
-
-class Task(NamedTuple):
-    """Views of one clip to read, and the slots of the shared memory that they go to."""
-
-    ticket: int
-    path: str
-    samples: tuple[Sample, ...]
-    slots: tuple[int, ...]
-
-
-class Done(NamedTuple):
-    """What became of a task: unreadable holds the reason when the video could not be read, bug a traceback when the
-    code failed."""
-
-    ticket: int
-    unreadable: str | None = None
-    bug: str | None = None
-
-
-def perform(task: Task, reader: ClipReader, clips: np.ndarray) -> Done:
-    """Read task's views into clips [slots, T, H, W, 3]."""
-    try:
-        for slot, clip in zip(task.slots, reader.read(task.path, task.samples), strict=True):
-            clips[slot] = clip
-    except UnreadableVideo as error:
-        return Done(task.ticket, unreadable=error.reason)
-    return Done(task.ticket)
+_TRIM_EVERY = 500  # tasks; it takes a few ms
 
 
 def _die_with(parent: int) -> None:
@@ -56,23 +24,32 @@ def _die_with(parent: int) -> None:
         raise SystemExit(0)
 
 
-def main(socket_fd: int, memory_fd: int, size: int, parent: int) -> None:
+def _give_memory_back() -> None:
+    """Return freed memory to the system, where the C library can: decoders leave it in pieces."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def main(socket_fd: int, parent: int) -> None:
+    """Perform the tasks that the socket brings, one at a time, by the service that it brings first."""
     _die_with(parent)
     torch.set_num_threads(1)
     link = Connection(socket_fd)
-    reader: ClipReader = link.recv()
-    clips = np.frombuffer(mmap.mmap(memory_fd, size), dtype=np.uint8).reshape(-1, *reader.shape)
+    service: Service = link.recv()
     link.send("ready")
     # decoders write to stderr what they also raise, into the middle of the progress bar
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    while True:
+    for done in itertools.count():
+        if done % _TRIM_EVERY == 0:
+            _give_memory_back()
         try:
-            task: Task = link.recv()
+            task = link.recv()
         except EOFError:
             return
         try:
-            done = perform(task, reader, clips)
+            answer = Answer(service(task))
         except Exception:
-            link.send(Done(task.ticket, bug=traceback.format_exc()))
+            link.send(Answer(bug=traceback.format_exc()))
             raise
-        link.send(done)
+        link.send(answer)

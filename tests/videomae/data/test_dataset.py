@@ -1,5 +1,7 @@
 """Lists of videos, the order of clips, and clips as pure functions of (seed, epoch, index, view)."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from tests.videos import moving_frames, write_video
 from videomae.data.augment import Augment
 from videomae.data.dataset import ClipReader, Order, Sample, find_videos, mask_keys
-from videomae.data.decode import UnreadableVideo
+from videomae.data.decode import UnreadableVideo, Video
 
 
 def test_a_folder_is_searched_to_the_bottom_in_sorted_order(tmp_path):
@@ -117,16 +119,62 @@ def test_a_clip_is_a_pure_function_of_its_sample(video):
     assert not np.array_equal(reader(seed=1).read(video, samples[:1])[0], first)
 
 
-def test_starts_vary_over_the_video_but_not_over_its_views(tmp_path):
-    # the frame's number is its brightness
+@pytest.fixture(scope="module")
+def counting(tmp_path_factory):
+    """A video whose frames' numbers are their brightness."""
     frames = np.broadcast_to(np.arange(40, dtype=np.uint8)[:, None, None, None] * 6, (40, 32, 32, 3)).copy()
-    path = str(write_video(tmp_path / "counting.mp4", frames, qp="0", pix_fmt="yuv444p"))
+    return str(write_video(tmp_path_factory.mktemp("video") / "counting.mp4", frames, qp="0", pix_fmt="yuv444p"))
+
+
+def numbers_of(clip):
+    return np.rint(clip.mean((1, 2, 3)) / 6).astype(int).tolist()
+
+
+def test_views_are_spread_over_windows_that_are_decoded_at_once(counting, monkeypatch):
+    asked = []
+    read = Video.read
+    monkeypatch.setattr(Video, "read", lambda self, numbers: asked.append(list(numbers)) or read(self, numbers))
+    four = reader(frames=4, stride=3, views=4, windows=2)
+    once = reader(frames=4, stride=3, views=4)
+    apart = 0
+    for epoch in range(20):
+        samples = [Sample(epoch, 0, view) for view in range(4)]
+        asked.clear()
+        views = [numbers_of(clip) for clip in four.read(counting, samples)]
+        assert len(asked) == 1  # one decode, of no frame twice
+        assert asked[0] == sorted({n for view in views for n in view})
+        assert views[0] == views[1]
+        assert views[2] == views[3]
+        assert all(np.diff(view).tolist() == [3, 3, 3] for view in views)
+        apart += views[0] != views[2]
+        # the first window is that of a run with one; a view is the same when it is read alone
+        assert numbers_of(once.read(counting, samples)[3]) == views[0]
+        assert numbers_of(four.read(counting, samples[3:])[0]) == views[3]
+    assert apart > 15
+
+
+def test_views_must_suit_their_windows():
+    for views, windows in ((4, 3), (2, 4), (4, 0)):
+        with pytest.raises(ValueError, match="multiple of windows"):
+            reader(views=views, windows=windows)
+
+
+def test_says_what_reading_took(counting):
+    clip = np.empty((4, 32, 32, 3), dtype=np.uint8)
+    spent = reader(frames=4).read_into(counting, [Sample(0, 0, 0)], [clip])
+    assert min(spent.open, spent.decode, spent.crop) > 0
+    assert spent.total == pytest.approx(spent.open + spent.decode + spent.crop)
+    assert 0 <= spent.waited <= spent.open + spent.decode
+    assert np.array_equal(clip, reader(frames=4).read(counting, [Sample(0, 0, 0)])[0])
+
+
+def test_starts_vary_over_the_video_but_not_over_its_views(counting):
     seen = set()
     for epoch in range(150):
-        views = reader(frames=4, stride=3).read(path, [Sample(epoch, 0, view) for view in range(2)])
-        numbers, same = (np.rint(clip.mean((1, 2, 3)) / 6).astype(int) for clip in views)
+        views = reader(frames=4, stride=3).read(counting, [Sample(epoch, 0, view) for view in range(2)])
+        numbers, same = map(numbers_of, views)
         assert (np.diff(numbers) == 3).all()
-        assert np.array_equal(numbers, same)
+        assert numbers == same
         seen.add(int(numbers[0]))
     assert seen == set(range(40 - 12 + 1))
 
@@ -155,3 +203,20 @@ def test_mask_keys_differ_by_sample_and_seed():
     keys = mask_keys(0, samples)
     assert keys.dtype == torch.int64
     assert len(set(keys.tolist()) | set(mask_keys(1, samples).tolist())) == 54
+
+
+def test_says_which_folders_it_could_not_search(tmp_path, monkeypatch):
+    (tmp_path / "open").mkdir()
+    (tmp_path / "closed").mkdir()
+    write_video(tmp_path / "open" / "a.mp4", moving_frames(3))
+    scandir = os.scandir
+
+    def guarded(folder):
+        if str(folder).endswith("closed"):  # tests may run as root, to whom nothing is closed
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    found = find_videos(tmp_path)
+    assert [path.rpartition("/")[2] for path in found.paths] == ["a.mp4"]
+    assert found.notes == (f"{tmp_path}/closed could not be searched: Permission denied",)

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from tests.videos import moving_frames, write_video
-from videomae.data import decode
-from videomae.data.decode import UnreadableVideo, Video
+from videomae.data.decode import Decoder, UnreadableVideo, Video
+
+DECORD = Decoder("decord")
 
 
 def every_frame(path):
@@ -47,10 +48,11 @@ def test_reads_ordinary_clips(clips, name):
     assert np.array_equal(got, every_frame(clips / name)[numbers])
 
 
+@pytest.mark.parametrize("decoder", [Decoder(), DECORD], ids=["auto", "decord"])
 @pytest.mark.parametrize("name", ODD)
-def test_reads_odd_files(hard, name):
+def test_reads_odd_files(hard, name, decoder):
     frames, height, width = ODD[name]
-    video = Video(hard / name)
+    video = Video(hard / name, decoder)
     assert len(video) == frames
     got = video.read(range(frames))
     assert got.shape == (frames, height, width, 3)
@@ -71,6 +73,7 @@ def test_refuses_a_clip_that_touches_a_damaged_frame_by_name_and_reads_the_other
 @pytest.mark.parametrize(
     ("suffix", "codec", "options"),
     [
+        ("mp4", "libx264", {"gop": 12, "bf": "0"}),
         ("mp4", "libx264", {"gop": 12, "bf": "2"}),
         ("mp4", "libx264", {"gop": 16, "bf": "3", "x264-params": "open-gop=1:scenecut=0"}),
         ("mkv", "libx264", {"gop": 30, "bf": "3"}),
@@ -87,12 +90,14 @@ def test_refuses_a_clip_that_touches_a_damaged_frame_by_name_and_reads_the_other
 def test_numbers_frames_in_order_of_presentation(tmp_path, suffix, codec, options):
     path = write_video(tmp_path / f"video.{suffix}", moving_frames(70), codec=codec, **options)
     truth = every_frame(path)
-    assert len(Video(path)) == len(truth) == 70
-    for start in range(0, 70, 7):
-        for stride in (1, 2, 4):
-            numbers = sorted({min(start + stride * k, 69) for k in range(16)})
-            assert np.array_equal(Video(path).read(numbers), truth[numbers]), (start, stride)
-    assert np.array_equal(Video(path).read([69, 3, 3]), truth[[69, 3, 3]])
+    decoders = (Decoder(), DECORD) if options.get("bf") == "0" else (Decoder(),)
+    for decoder in decoders:
+        assert len(Video(path, decoder)) == len(truth) == 70
+        for start in range(0, 70, 7):
+            for stride in (1, 2, 4):
+                numbers = sorted({min(start + stride * k, 69) for k in range(16)})
+                assert np.array_equal(Video(path, decoder).read(numbers), truth[numbers]), (start, stride)
+        assert np.array_equal(Video(path, decoder).read([69, 3, 3]), truth[[69, 3, 3]])
 
 
 def test_decord_reads_what_it_reads_rightly_and_pyav_the_rest(tmp_path):
@@ -101,7 +106,9 @@ def test_decord_reads_what_it_reads_rightly_and_pyav_the_rest(tmp_path):
     reordered = write_video(tmp_path / "reordered.mp4", frames, gop=12, bf="2")
     open_gop = write_video(tmp_path / "open.mp4", frames, gop=12, bf="2", **{"x264-params": "open-gop=1:scenecut=0"})
     untimed = write_video(tmp_path / "untimed.avi", frames, codec="mpeg4")
-    assert [Video(path).backend for path in (in_order, reordered, open_gop, untimed)] == ["decord"] + ["pyav"] * 3
+    paths = (in_order, reordered, open_gop, untimed)
+    assert [Video(path, DECORD).backend for path in paths] == ["decord"] + ["pyav"] * 3
+    assert [Video(path).backend for path in paths] == ["pyav"] * 4
 
 
 @pytest.mark.parametrize(
@@ -113,21 +120,16 @@ def test_decord_reads_what_it_reads_rightly_and_pyav_the_rest(tmp_path):
     ],
     ids=["bt709", "bt601", "full range"],
 )
-def test_both_back_ends_use_the_same_colours(tmp_path, monkeypatch, tags):
+def test_both_back_ends_use_the_same_colours(tmp_path, tags):
     path = write_video(tmp_path / "colours.mp4", moving_frames(6), bf="0", **tags)
-    by_decord = Video(path)
-    assert by_decord.backend == "decord"
-    monkeypatch.setattr(decode, "decord", None)
-    by_pyav = Video(path)
-    assert by_pyav.backend == "pyav"
+    by_decord, by_pyav = Video(path, DECORD), Video(path)
+    assert (by_decord.backend, by_pyav.backend) == ("decord", "pyav")
     assert np.abs(by_decord.read(range(6)).astype(int) - by_pyav.read(range(6))).max() <= 1
 
 
-def test_pyav_alone_reads_every_ordinary_clip(clips, monkeypatch):
-    wanted = {name: Video(clips / name).read([0, 20, 40]) for name in ("ava_like.mp4", "test_mpeg4.avi")}
-    monkeypatch.setattr(decode, "decord", None)
-    for name, frames in wanted.items():
-        assert np.array_equal(Video(clips / name).read([0, 20, 40]), frames)
+def test_decord_reads_ordinary_clips_as_well(clips):
+    for name in ("ava_like.mp4", "test_mpeg4.avi"):
+        assert np.array_equal(Video(clips / name, DECORD).read([0, 20, 40]), Video(clips / name).read([0, 20, 40]))
 
 
 def test_refuses_what_is_no_video_and_says_why(tmp_path):

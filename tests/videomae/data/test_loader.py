@@ -1,5 +1,6 @@
 """The pool: the same batches whoever reads them, and clips that hang, crash or are damaged skipped by name."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -9,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.services import read_part
 from tests.videos import moving_frames, write_video
 from videomae.data.augment import Augment
-from videomae.data.dataset import ClipReader, Order, Sample
+from videomae.data.dataset import ClipReader, Order, Sample, find_videos
 from videomae.data.loader import Loader, LoaderConfig
+from videomae.data.prepare import main as prepare
+from videomae.masking import tube
 
 READER = ClipReader(frames=4, size=(16, 16), stride=1, augment=Augment(), seed=0)
 
@@ -50,6 +54,7 @@ def test_gives_the_same_batches_with_any_number_of_workers(paths):
             assert got.samples == wanted.samples
 
 
+@pytest.mark.long
 def test_takes_batches_of_different_sizes_and_starts_anywhere(paths):
     batches = batches_of(6, 3)
     whole = collect(paths, batches, workers=1)
@@ -58,7 +63,7 @@ def test_takes_batches_of_different_sizes_and_starts_anywhere(paths):
     assert torch.equal(part[1].frames, whole[5].frames)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_skips_unreadable_files_by_name_and_keeps_their_place(paths, tmp_path, workers):
     (tmp_path / "1.mp4").write_bytes(b"nothing")
     os.remove(tmp_path / "3.mp4")
@@ -72,6 +77,7 @@ def test_skips_unreadable_files_by_name_and_keeps_their_place(paths, tmp_path, w
     assert batch.frames[2].max() > 0
 
 
+@pytest.mark.long
 def test_a_skipped_clip_is_zero_even_where_another_was_before(paths, tmp_path):
     os.remove(tmp_path / "3.mp4")
     batches = [[Sample(0, i, 0), Sample(0, 1, 0)] for i in (0, 0, 0, 0, 3, 3, 3)]
@@ -98,6 +104,7 @@ def test_signals_to_the_whole_group_do_not_reach_the_workers(paths):
     assert all(batch.weight.min() == 1 for batch in got)
 
 
+@pytest.mark.long
 def test_replaces_an_idle_worker_that_died_without_losing_a_clip(paths):
     order = Order(5, 0)
     go_on = threading.Event()
@@ -164,6 +171,7 @@ def test_replaces_a_killed_worker_and_skips_its_clip(paths):
     assert all(batch.weight.min() == 1 for batch in rest)
 
 
+@pytest.mark.long
 def test_replays_known_skips_without_reading(paths):
     known = {Sample(0, 1, 0): "hung last time"}
     batch = collect(paths, [[Sample(0, i, 0) for i in range(3)]], workers=1, known_skips=known)[0]
@@ -171,13 +179,14 @@ def test_replays_known_skips_without_reading(paths):
     assert batch.skips[0].reason == "hung last time"
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_bug_is_no_unreadable_video(paths, workers):
     broken = ClipReader(frames=4, size=(16, 16), stride=1, augment="not a setting", seed=0)
     with pytest.raises((RuntimeError, AttributeError), match="scales"):
         collect(paths, batches_of(1, 2), workers, reader=broken)
 
 
+@pytest.mark.long
 def test_leaves_no_process_behind(paths):
     with Loader(READER, paths, batches_of(100, 4), batch_size=4, workers=2) as loader:
         next(iter(loader))
@@ -195,3 +204,58 @@ def test_passes_on_an_error_in_the_order_itself(paths):
 
     with Loader(READER, paths, broken(), batch_size=2, workers=1) as loader, pytest.raises(KeyError, match="order"):
         list(loader)
+
+
+@pytest.mark.long
+def test_one_process_and_two_read_the_same_global_batches(paths, tmp_path):
+    def read(parts):
+        processes = []
+        for part in range(parts):
+            arguments = (paths, part, parts, str(tmp_path / f"{part}of{parts}.pt"))
+            processes.append(multiprocessing.get_context("spawn").Process(target=read_part, args=arguments))
+            processes[-1].start()
+        for process in processes:
+            process.join()
+            assert process.exitcode == 0
+        loaded = [torch.load(tmp_path / f"{part}of{parts}.pt") for part in range(parts)]
+        return [tuple(torch.cat(x) for x in zip(*step, strict=True)) for step in zip(*loaded, strict=True)]
+
+    one, two = read(1), read(2)
+    assert len(one) == len(two) == 10
+    for (frames, keys), (same_frames, same_keys) in zip(one, two, strict=True):
+        assert torch.equal(frames, same_frames)
+        assert torch.equal(keys, same_keys)
+        masks = [tube(grid=(2, 2, 2), ratio=0.5, keys=x).visible for x in (keys, same_keys)]
+        assert torch.equal(*masks)
+
+
+def own_memory(pid):
+    """Bytes of a process that no other shares."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private"))
+
+
+@pytest.mark.long
+def test_memory_stays_flat_over_ten_thousand_clips(tmp_path):
+    """Files that decord and PyAV read, stored ones of both codecs, and one that cannot be read."""
+    source = tmp_path / "in"
+    source.mkdir()
+    frames = moving_frames(20, 24, 32)
+    for i in range(6):
+        write_video(source / f"{i}.mp4", frames[i:], **({} if i % 2 else {"bf": "0"}))
+    (source / "broken.mp4").write_bytes(b"nothing")
+    paths = list(find_videos(source).paths)
+    for codec in ("h264-fast", "jpeg"):
+        arguments = [str(source), str(tmp_path / codec), "--codec", codec, "--short-side", "24", "--workers", "2"]
+        assert prepare([*arguments, "--stride", "2"]) == 0
+        paths += find_videos(tmp_path / codec).paths
+    assert len(paths) == 6 + 1 + 6 + 6
+    order, size = Order(len(paths), 0), 20
+    batches = (order.samples(k * size, size) for k in range(520))
+    grown = []
+    with Loader(READER, paths, batches, batch_size=size, workers=2) as loader:
+        for k, _ in enumerate(loader):
+            if k in (99, 499):
+                grown.append([own_memory(pid) for pid in (os.getpid(), *loader.worker_pids)])
+    for early, late in zip(*grown, strict=True):
+        assert late - early < 6e6, f"{early / 1e6:.1f} MB after 2,000 clips, {late / 1e6:.1f} MB after 10,000"

@@ -2,7 +2,8 @@
 
 import pytest
 
-from videomae.data.sampling import num_starts, pretrain_frames
+from videomae.data.sampling import num_starts, pretrain_frames, pretrain_start
+from videomae.keys import Draws
 
 
 def test_long_videos_start_anywhere_that_fits():
@@ -39,3 +40,14 @@ def test_short_videos_follow_the_official_rule():
                 if offset + stride < num_frames:
                     offset += stride
             assert pretrain_frames(num_frames, 16, stride) == expected, (num_frames, stride)
+
+
+def test_starts_are_drawn_among_the_frames_that_are_stored():
+    for step, last in ((1, 236), (2, 236), (4, 236), (3, 234)):
+        seen = {pretrain_start(300, 16, 12 if step == 3 else 4, Draws(n), step) for n in range(2000)}
+        most = 300 - 16 * 12 if step == 3 else last
+        assert seen == set(range(0, most + 1, step))
+    # a short video has one place, whatever is stored
+    assert pretrain_start(50, 16, 4, Draws(1), 4) == 0
+    with pytest.raises(ValueError, match="only frames 0, 4, 8, ... are stored"):
+        pretrain_start(300, 16, 2, Draws(1), 4)
