@@ -49,20 +49,20 @@ def measure_stages(
     from videomae.data.decode import UnreadableVideo
 
     out = [np.empty(reader.shape, dtype=np.uint8)]
-    times, lost, position = [], 0, 0
+    times, lost, position = [], set(), 0
     until = time.perf_counter() + seconds
-    while time.perf_counter() < until or len(times) + lost < 2 * _WARM:
+    while time.perf_counter() < until or len(times) < 2 * _WARM:
         sample = order.samples(position * reader.views, 1)[0]
         position += 1
         try:
             times.append(reader.read_into(videos.paths[sample.index], [sample], out))
         except UnreadableVideo as error:
-            lost += 1
-            if lost == len(videos):
+            lost.add(sample.index)
+            if len(lost) == len(videos):
                 raise SystemExit(f"bench.loader: error: no video can be read; the last one: {error}") from error
     kept = times[_WARM:] or times
     opened, decode, crop, waited = (1000 * statistics.median(column) for column in zip(*kept, strict=True))
-    return Stages(opened, decode, crop, waited), len(kept), lost
+    return Stages(opened, decode, crop, waited), len(kept), len(lost)
 
 
 def measure_loader(
@@ -101,7 +101,16 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
     parser.add_argument("--rate", type=float, nargs="+", default=[500, 1000, 2000], help="clips/s that a GPU takes")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    sizes = ("frames", "stride", "size", "views", "batch", "seconds")
+    for name in (*sizes, *(["workers"] if given.workers is not None else [])):
+        if not 0 < getattr(given, name) < 1e6:
+            parser.error(f"--{name} must be positive; got {getattr(given, name)}")
+    if min(given.rate) <= 0:
+        parser.error("--rate takes positive numbers")
+    if given.json and not os.access(given.json.absolute().parent, os.W_OK):
+        parser.error(f"nothing can be written to {given.json.parent}")
+    return given
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

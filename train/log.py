@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -51,7 +51,7 @@ class _Step:
     lr: float
     clips: int
     skipped: int
-    waited: float  # seconds, for data
+    waited: Callable[[], float]  # seconds, for data; to be asked once values have arrived
     effort: Effort  # of the workers, for this step's clips
     ready: float  # finished batches that waited when this step's were taken
     paths: Sequence[str]
@@ -71,7 +71,7 @@ class RunLog:
         self._in_a_row = 0
         forget_after(out / "metrics.jsonl", start)
         forget_after(out / "nonfinite.jsonl", start)
-        self._skipped, self._nonfinite = _counted_before(out / "metrics.jsonl")
+        self._skipped, self._nonfinite = (_count_lines(out / name) for name in ("skipped.jsonl", "nonfinite.jsonl"))
         self._metrics = (out / "metrics.jsonl").open("a", buffering=1)
         self._board = _open_board(out / "tensorboard", start) if config.tensorboard else None
         self._interactive = sys.stderr.isatty()
@@ -108,13 +108,14 @@ class RunLog:
         lr: float,
         clips: int,
         skipped: int,
-        waited: float,
+        waited: Callable[[], float],
         effort: Effort,
         ready: float,
         paths: Sequence[str],
     ) -> None:
         """Report a step, counted from 1. values: [loss, gradient norm, 1.0 if it was not finite], still on the device.
-        waited: seconds for data; effort: what the workers spent on it; ready: finished batches behind it.
+        waited: seconds for data, asked for when the step is done; effort: what the workers spent on it; ready: finished
+        batches behind it.
 
         Raises TooManyNonFinite when such steps reach their limit in a row.
         """
@@ -141,10 +142,12 @@ class RunLog:
 
     def _begin_window(self) -> None:
         self._window: list[_Step] = []
+        self._waited = 0.0
         self._since = time.monotonic()
 
     def _consume(self, done: _Step) -> None:
         loss, norm, nonfinite = done.values.tolist()
+        self._waited += done.waited()
         self._skipped += done.skipped
         self._in_a_row = self._in_a_row + 1 if nonfinite else 0
         if nonfinite:
@@ -176,7 +179,7 @@ class RunLog:
             "grad_norm": _mean([values[1] for values in finite]),
             "lr": done.lr,
             "clips_per_second": round(sum(s.clips for s in self._window) / elapsed, 2),
-            "data_wait": round(min(sum(s.waited for s in self._window) / elapsed, 1.0), 4),
+            "data_wait": round(min(self._waited / elapsed, 1.0), 4),
             "batches_ready": round(sum(s.ready for s in self._window) / len(self._window), 2),
             "decode_ms": round(1000 * effort.spent.total / effort.clips, 3) if effort.clips else None,
             "skipped_clips": self._skipped,
@@ -193,7 +196,9 @@ class RunLog:
         if self._advise and self._reports > 1 and entry["data_wait"] > LIMIT and effort.clips:
             self._advise = False
             rate, wait = entry["clips_per_second"], entry["data_wait"]
-            self.say("data: " + advice(self._supply, waited=wait, clips_per_second=rate, effort=effort))
+            self.say(
+                "data: " + advice(self._supply, waited=wait, clips_per_second=rate, effort=effort, elapsed=elapsed)
+            )
         self._begin_window()
 
     def _show(self, entry: dict) -> None:
@@ -224,11 +229,8 @@ def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
 
 
-def _counted_before(metrics: Path) -> tuple[int, int]:
-    """Skipped clips and steps that were not finite in the part of the run that metrics.jsonl tells of."""
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    last = json.loads(lines[-1]) if lines else {}
-    return last.get("skipped_clips", 0), last.get("nonfinite_steps", 0)
+def _count_lines(path: Path) -> int:
+    return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 def forget_after(path: Path, step: int) -> None:

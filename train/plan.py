@@ -53,6 +53,12 @@ def available_cpus() -> int:
     return cores
 
 
+def decoding_cores(device: torch.device) -> int:
+    """Cores that may decode: a GPU waits for as many as there are; a CPU that trains needs half of them itself."""
+    cpus = available_cpus()
+    return max(cpus - 1 if device.type == "cuda" else cpus // 2, 1)
+
+
 def pick_device(wanted: str | None) -> torch.device:
     """cuda where there is one, else cpu; ValueError when cuda is asked for and there is none."""
     has_gpu = torch.cuda.is_available()

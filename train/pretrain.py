@@ -5,8 +5,7 @@ Top to bottom: what was asked for, the loop, and where its results are; train/ru
 
 import signal
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -112,14 +111,14 @@ def _step(
     Returns what to report; None when a signal came between two micro-batches: a large step can take minutes.
     """
     clips = run.plan.clips
-    real, waited, lost, paths = 0, 0.0, 0, []
-    effort, ready = NO_EFFORT, 0
+    real, lost, ready, effort = 0, 0, 0, NO_EFFORT
+    paths: list[str] = []
+    waits: list[Callable[[], float]] = []
     for _ in range(run.plan.accumulation):
         if stop:
             return None
-        before = time.monotonic()
-        batch, frames, weight, keys = next(batches)
-        waited += time.monotonic() - before
+        batch, frames, weight, keys, waited = next(batches)
+        waits.append(waited)
         effort, ready = effort.plus(batch.effort), ready + batch.ready
         for skip in skipped.see(batch.samples, batch.skips, step + 1):
             log.say(f"skipped: {skip.path}: {skip.reason}")
@@ -137,7 +136,7 @@ def _step(
         "lr": run.schedule.at(step),
         "clips": clips,
         "skipped": lost,
-        "waited": waited,
+        "waited": lambda: sum(wait() for wait in waits),
         "effort": effort,
         "ready": ready / run.plan.accumulation,
         "paths": paths,

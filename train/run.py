@@ -15,7 +15,16 @@ from train.cli import flat
 from train.engine import check_engine
 from train.objective import PretrainObjective
 from train.optim import PRECISIONS, Schedule, Updater, resolve_precision, schedule
-from train.plan import BatchPlan, available_cpus, bytes_text, memory_budget, pick_device, plan_batch, workload
+from train.plan import (
+    BatchPlan,
+    available_cpus,
+    bytes_text,
+    decoding_cores,
+    memory_budget,
+    pick_device,
+    plan_batch,
+    workload,
+)
 from train.recipes import PRETRAIN, PretrainConfig, build
 from train.waiting import Supply
 from videomae.attention import Choice, choose
@@ -24,6 +33,7 @@ from videomae.data import decode, storage
 from videomae.data.dataset import ClipReader, VideoList, find_videos
 from videomae.data.decode import Decoder
 from videomae.data.demo import make_demo
+from videomae.data.shards import is_locator
 from videomae.data.torchcodec_reader import check_parity
 from videomae.model import VideoMAE, size_of
 
@@ -63,10 +73,15 @@ class Run:
     @property
     def supply(self) -> Supply:
         """What decodes for the step."""
-        data = self.config.data
-        stored, remote = "::" in self.videos.paths[0], self.cache is not None
-        ahead = self.config.loader.batches_ahead
-        return Supply(self.workers, available_cpus(), data.views_per_decode, ahead, stored, remote)
+        config, url = self.config, self.config.data.path or ""
+        return Supply(
+            self.workers,
+            decoding_cores(self.device),
+            config.data.views_per_decode,
+            config.loader.batches_ahead,
+            stored=is_locator(self.videos.paths[0]),
+            cached=storage.is_url(url) and not url.startswith("file://"),
+        )
 
     @property
     def reader(self) -> ClipReader:
@@ -127,8 +142,7 @@ def prepare(config: PretrainConfig) -> tuple[Run, Path | None]:
         updater.load_state_dict(state)
         torch.set_rng_state(state["rng"])
         start = state["step"]
-    # a GPU waits for as many decoders as there are; a CPU that trains needs its cores itself
-    workers = config.workers if config.workers is not None else max(cpus - 1 if device.type == "cuda" else cpus // 2, 1)
+    workers = config.workers if config.workers is not None else decoding_cores(device)
     objective = _objective(config, model, precision)
     run = Run(
         config, out, videos, device, precision, workers, plan, lengths, model, objective, updater, attention, start
@@ -161,7 +175,7 @@ def _videos(config: PretrainConfig) -> VideoList:
         "--data.reader decord needs decord: pip install decord2",
     )
     if config.data.reader == "torchcodec":
-        check("::" not in videos.paths[0], "a prepared set has its own reader: leave --data.reader at auto")
+        check(not is_locator(videos.paths[0]), "a prepared set has its own reader: leave --data.reader at auto")
         difference = check_parity(videos.paths, config.data.device)
         print(
             f"reader    torchcodec on {config.data.device}; pixels {difference:.2f} grey levels from the ordinary one's"
@@ -242,6 +256,7 @@ def _differences(config: PretrainConfig, state: dict[str, Any], videos: VideoLis
     """What makes this another run than the one that state is of."""
     # a setting that the program of then did not have: it did what the recipe does now
     new, old = flat(config), flat(PRETRAIN[config.recipe]()) | state["config"]
+    old["data.views_per_decode"] = old.pop("sampling.views", old["data.views_per_decode"])  # its name until 0.1
     fixed = [key for key in new if key not in _FREE and not key.startswith(_FREE_SECTIONS)]
     changed = [f"{key}: {old[key]} -> {new[key]}" for key in fixed if old[key] != new[key]]
     if state["precision"] != precision:

@@ -10,52 +10,53 @@ LIMIT = 0.05  # share of the time that a run may wait for data without a word
 
 @dataclass(frozen=True)
 class Supply:
-    """What decodes for a run. cores: that this process may use; prepared: by videomae.data.prepare."""
+    """What decodes for a run. cores: that may decode, beside those that the step needs; stored: a prepared set; cached:
+    it is read from a URL, through a cache."""
 
     workers: int
     cores: int
     views: int
     batches_ahead: int
-    prepared: bool
-    remote: bool
+    stored: bool
+    cached: bool
 
 
-def advice(supply: Supply, *, waited: float, clips_per_second: float, effort: Effort) -> str:
-    """What to change first, in one line. waited: share of the time; clips_per_second and effort: in that time.
+def advice(supply: Supply, *, waited: float, clips_per_second: float, effort: Effort, elapsed: float) -> str:
+    """What to change first, in one line. waited: share of the time; the others: in so many elapsed seconds.
 
-    A clip's cost is its workers' seconds: opening, decoding and cropping all of its views.
+    A video's cost is its workers' seconds: opening, decoding and cropping its views.
     """
-    spent, clips = effort.spent, max(effort.clips, 1)
-    ms = 1000 * spent.total / clips
-    wanted = clips_per_second / max(1 - waited, 0.01)
-    needed = ceil(wanted / supply.views * ms / 1000)
+    spent, videos = effort.spent, max(effort.clips, 1)
+    working = 1 - min(waited, 0.99)  # share of the time in which the step took clips
+    needed = ceil(spent.total / elapsed / working)
     share = spent.waited / max(spent.total, 1e-9)
+    ms = [1000 * seconds / videos for seconds in (spent.total, spent.open, spent.decode, spent.crop)]
     numbers = (
-        f"the step waited for data {waited:.0%} of the time, {clips_per_second:.0f} clips/s instead of {wanted:.0f}. "
-        f"A video takes a worker {ms:.1f} ms (opening {1000 * spent.open / clips:.1f}, decoding "
-        f"{1000 * spent.decode / clips:.1f}, cropping {1000 * spent.crop / clips:.1f}; {share:.0%} of it not computing)"
-        f", so {needed} {'worker' if needed == 1 else 'workers'} would keep up; there are {supply.workers}"
+        f"the step waited for data {waited:.0%} of the time, {clips_per_second:.0f} clips/s instead of "
+        f"{clips_per_second / working:.0f}. A video takes a worker {ms[0]:.1f} ms (opening {ms[1]:.1f}, decoding "
+        f"{ms[2]:.1f}, cropping {ms[3]:.1f}; {share:.0%} of it not computing), so {needed} "
+        f"{'worker' if needed == 1 else 'workers'} would keep up; there are {supply.workers}"
     )
-    return f"{numbers}. {_first(supply, needed, share)}"
+    return f"{numbers}. Change first: {_first(supply, needed, share)}"
 
 
 def _first(supply: Supply, needed: int, share: float) -> str:
     if needed <= supply.workers:
-        return f"Change first: --loader.batches-ahead {2 * supply.batches_ahead}, to bridge single slow videos"
-    # a worker that waits for bytes takes no core
-    cores = ceil(needed * (1 - share))
+        return f"--loader.batches-ahead {2 * supply.batches_ahead}, to bridge single slow videos"
     if supply.workers < supply.cores:
-        return f"Change first: --workers {min(needed, supply.cores)} ({supply.cores} cores here)"
-    if share > 0.5 and supply.remote:
-        return "Change first: the storage. A larger --data.cache-gb, or a copy of the set on a local disk"
+        return f"--workers {min(needed, supply.cores)} ({supply.cores} cores here to decode)"
+    if share > 0.5 and supply.cached:
+        return "the storage. A larger --data.cache-gb, or a copy of the set on a local disk"
     if share > 0.5:
-        return "Change first: the storage. A local or faster disk; or, if other processes use these cores, more cores"
-    if not supply.prepared:
+        return "the storage. A local or faster disk; or, if other processes use these cores, more cores"
+    if not supply.stored:
+        # a worker that waits for bytes takes no core
+        cores = ceil(needed * (1 - share))
         return (
-            f"Change first: the files. {cores} cores would be needed, {supply.cores} are here; "
+            f"the files. {cores} cores would be needed, {supply.cores} are here; "
             "python -m videomae.data.prepare IN OUT makes them several times cheaper to decode"
         )
     return (
-        f"Change first: --data.views-per-decode {2 * supply.views}, which decodes half as often for as many clips; "
+        f"--data.views-per-decode {2 * supply.views}, which decodes half as often for as many clips; "
         "--codec jpeg of videomae.data.prepare decodes fastest"
     )

@@ -330,6 +330,20 @@ def test_goes_on_from_a_checkpoint_that_knew_fewer_settings(videos, tmp_path):
 
 
 @pytest.mark.long
+def test_a_setting_that_has_another_name_now_still_counts(videos, tmp_path, capsys):
+    views = ("--data.views-per-decode", 2)
+    run(videos, tmp_path / "run", "--steps", 2, *views)
+    path = tmp_path / "run/checkpoints/step_2/state.pt"
+    state = torch.load(path, weights_only=True)
+    state["config"]["sampling.views"] = state["config"].pop("data.views_per_decode")
+    torch.save(state, path)
+    with pytest.raises(SystemExit):
+        run(videos, tmp_path / "run", "--steps", 4)
+    assert "data.views_per_decode: 2 -> 1" in capsys.readouterr().err
+    assert run(videos, tmp_path / "run", "--steps", 4, *views) == 0
+
+
+@pytest.mark.long
 def test_learns(videos, tmp_path):
     assert (
         run(videos, tmp_path / "run", "--steps", 150, "--batch-size", 16, "--optim.base-lr", 0.08, "--log.every", 30)

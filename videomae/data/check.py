@@ -228,6 +228,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _find(source: str) -> tuple[VideoList, str, str | None]:
     """The videos, what kind of source it is, and the folder of a list."""
+    check(source != "", "no path to check")
     path = Path(source).expanduser()
     if is_url(source) or is_prepared(path):
         return find_videos(source), "a prepared set", None
@@ -244,6 +245,8 @@ def _check_targets(options: argparse.Namespace) -> None:
         if target is None:
             continue
         check(not target.is_dir(), f"{flag} must be a file; {target} is a folder")
+        # before hours of reading, not after
+        check(os.access(target.absolute().parent, os.W_OK), f"{flag}: nothing can be written to {target.parent}")
         check(target.suffix.lower() not in SUFFIXES, f"{flag} must not be named like a video: {target}")
         source = Path(options.path).expanduser()
         same = target.exists() and source.exists() and os.path.samefile(target, source)

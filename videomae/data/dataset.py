@@ -66,6 +66,7 @@ def find_videos(source: str | Path) -> VideoList:
     to the list's folder, and get `.mp4` where their name has no dot. Raises ValueError when there is no such thing, or
     no video in it.
     """
+    check(str(source) != "", "no path to look for videos in")
     if storage.is_url(str(source)) or shards.is_prepared(Path(source).expanduser()):
         return _prepared(str(source))
     source = Path(source).expanduser()
@@ -74,6 +75,7 @@ def find_videos(source: str | Path) -> VideoList:
         check(len(found) > 0, f"no videos in {source} (looked for {' '.join(sorted(SUFFIXES))})")
         return VideoList(tuple(sorted(found)), notes=tuple(notes))
     check(source.exists(), f"no such file or folder: {source}")
+    check(source.is_file() or source.is_fifo(), f"{source} is neither a folder nor a list of videos")
     check(source.suffix.lower() not in SUFFIXES, f"{source} is a video; give its folder, or a list of videos")
     return _read_list(source)
 
@@ -214,17 +216,18 @@ class ClipReader:
         """Write the views into out, arrays like `read`'s; what it took. Raises UnreadableVideo."""
         epoch, index, _ = samples[0]
         assert all((s.epoch, s.index) == (epoch, index) for s in samples)
-        begin, busy = time.perf_counter(), time.thread_time()
+        begin, busy = time.perf_counter(), time.process_time()
         video = Video(path, self.decoder)
         if len(video) < 2:
             raise UnreadableVideo(path, "a single frame, not a video")
         opened = time.perf_counter()
+        # all of them, also for a part of the views: whether a clip can be read must not depend on how they are split
+        numbers = {w: self._numbers(video, epoch, index, w) for w in range(self.windows)}
         windows = [min(sample.view * self.windows // self.views, self.windows - 1) for sample in samples]
-        numbers = {w: self._numbers(video, epoch, index, w) for w in set(windows)}
         # a short video repeats its last frame, and windows overlap: each frame is decoded once
         distinct = sorted(set().union(*numbers.values()))
         decoded = video.read(distinct)
-        waited = time.perf_counter() - begin - (time.thread_time() - busy)
+        waited = time.perf_counter() - begin - (time.process_time() - busy)
         ready = time.perf_counter()
         for sample, window, clip in zip(samples, windows, out, strict=True):
             whole = decoded if numbers[window] == distinct else decoded[np.searchsorted(distinct, numbers[window])]

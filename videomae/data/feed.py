@@ -4,10 +4,14 @@ On a GPU the loader's shared memory is page-locked, so that workers' clips go ov
 host; two buffers on the device take turns. On a CPU the loader's memory is used as it is.
 """
 
+import ctypes
 import itertools
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
@@ -19,12 +23,17 @@ _BUFFERS = 2  # on the device: one in use, one being filled
 
 
 class OnDevice(NamedTuple):
-    """A batch whose frames, weight and keys are on the device, until the next one is asked for."""
+    """A batch whose frames, weight and keys are on the device, until the next one is asked for.
+
+    waited: seconds for which the device had nothing to do because the batch was not there; to be asked once the step
+    that uses it is done.
+    """
 
     batch: Batch
     frames: Tensor
     weight: Tensor
     keys: Tensor
+    waited: Callable[[], float]
 
 
 class Mark(Protocol):
@@ -50,7 +59,7 @@ class Copier(Protocol):
         """An uninitialised tensor on the device."""
         ...
 
-    def copy(self, to: Sequence[Tensor], source: Sequence[Tensor], after: Mark | None) -> Mark:
+    def copy(self, to: Sequence[Tensor], source: Sequence[Tensor], after: Mark) -> Mark:
         """Copy page-locked tensors to the device once the computing stream has come to after; the end of that."""
         ...
 
@@ -62,6 +71,10 @@ class Copier(Protocol):
         """The computing stream goes on only after mark."""
         ...
 
+    def seconds(self, begin: Mark, end: Mark) -> float:
+        """From one mark of the computing stream to another, both done."""
+        ...
+
     def close(self) -> None:
         """Unlock what was locked, after all that was copied from it has arrived."""
         ...
@@ -69,7 +82,7 @@ class Copier(Protocol):
 
 class _CudaMark:
     def __init__(self) -> None:
-        self.event = torch.cuda.Event()
+        self.event = torch.cuda.Event(enable_timing=True)
         self.event.record()
 
     def done(self) -> bool:
@@ -88,6 +101,7 @@ class CudaCopier:
 
     def lock(self, memory: Tensor) -> bool:
         if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) != 0:
+            _forget_cuda_error()
             return False
         self._locked.append(memory.data_ptr())
         return True
@@ -98,10 +112,10 @@ class CudaCopier:
     def empty(self, like: Tensor) -> Tensor:
         return torch.empty_like(like, device=self._device)
 
-    def copy(self, to: Sequence[Tensor], source: Sequence[Tensor], after: Mark | None) -> Mark:
+    def copy(self, to: Sequence[Tensor], source: Sequence[Tensor], after: Mark) -> Mark:
+        assert isinstance(after, _CudaMark)
         with torch.cuda.stream(self._stream):
-            if isinstance(after, _CudaMark):
-                self._stream.wait_event(after.event)
+            self._stream.wait_event(after.event)
             for target, x in zip(to, source, strict=True):
                 target.copy_(x, non_blocking=True)
             return _CudaMark()
@@ -113,11 +127,24 @@ class CudaCopier:
         assert isinstance(mark, _CudaMark)
         torch.cuda.current_stream(self._device).wait_event(mark.event)
 
+    def seconds(self, begin: Mark, end: Mark) -> float:
+        assert isinstance(begin, _CudaMark)
+        assert isinstance(end, _CudaMark)
+        end.wait_on_host()
+        return begin.event.elapsed_time(end.event) / 1000
+
     def close(self) -> None:
         self._stream.synchronize()
         for address in self._locked:
             torch.cuda.cudart().cudaHostUnregister(address)
         self._locked.clear()
+
+
+def _forget_cuda_error() -> None:
+    """Take the last error out of the CUDA runtime: the next kernel's start would report it as its own."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    for path in {line.split()[-1] for line in lines if "libcudart" in line}:
+        ctypes.CDLL(path).cudaGetLastError()
 
 
 class HostFeed:
@@ -130,12 +157,15 @@ class HostFeed:
         return self
 
     def __next__(self) -> OnDevice:
+        begin = time.monotonic()
         batch = next(self._batches)
-        return OnDevice(batch, batch.frames, batch.weight, batch.keys)
+        waited = time.monotonic() - begin
+        return OnDevice(batch, batch.frames, batch.weight, batch.keys, lambda: waited)
 
 
 class _Copied(NamedTuple):
-    ready: OnDevice
+    batch: Batch
+    inputs: tuple[Tensor, ...]  # on the device
     arrived: Mark
     turn: int
     sources: tuple[Tensor, ...]  # held until they have arrived
@@ -154,7 +184,8 @@ class DeviceFeed:
         size = loader.batch_size
         inputs = (memory[:size], torch.empty(size), torch.empty(size, dtype=torch.int64))
         self._buffers = [tuple(copier.empty(x) for x in inputs) for _ in range(_BUFFERS)]
-        self._used: list[Mark | None] = [None] * _BUFFERS  # where the step was done with what a buffer held
+        # where the step is done with what a buffer held; at first, where its memory's last user is
+        self._used = [copier.mark() for _ in range(_BUFFERS)]
         self._turns = itertools.cycle(range(_BUFFERS))
         self._next: _Copied | None = None
         self._current: _Copied | None = None
@@ -164,14 +195,18 @@ class DeviceFeed:
         return self
 
     def __next__(self) -> OnDevice:
+        idle = self._copier.mark()
         if self._current is not None:
-            self._used[self._current.turn] = self._copier.mark()
+            self._used[self._current.turn] = idle
         self._current = self._next or self._fetch()
         if self._current is None:
             raise StopIteration
         self._next = self._fetch() if self._loader.has_batch() else None
         self._copier.wait(self._current.arrived)
-        return self._current.ready
+        goes_on = self._copier.mark()
+        frames, weight, keys = self._current.inputs
+        waited = partial(self._copier.seconds, idle, goes_on)
+        return OnDevice(self._current.batch, frames, weight, keys, waited)
 
     def _fetch(self) -> _Copied | None:
         """Take the loader's next batch and start its copy."""
@@ -185,7 +220,7 @@ class DeviceFeed:
         sources = (frames, self._copier.locked_copy(batch.weight), self._copier.locked_copy(batch.keys))
         targets = tuple(buffer[: len(frames)] for buffer in self._buffers[turn])
         arrived = self._copier.copy(targets, sources, after=self._used[turn])
-        copied = _Copied(OnDevice(batch, *targets), arrived, turn, sources)
+        copied = _Copied(batch, targets, arrived, turn, sources)
         self._leaving.append(copied)
         return copied
 
@@ -194,7 +229,7 @@ class DeviceFeed:
         while self._leaving and (len(self._leaving) > keep or self._leaving[0].arrived.done()):
             copied = self._leaving.popleft()
             copied.arrived.wait_on_host()
-            self._loader.give_back(copied.ready.batch)
+            self._loader.give_back(copied.batch)
 
 
 @contextmanager

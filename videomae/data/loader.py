@@ -167,7 +167,7 @@ class Loader:
         self._free = deque(range(self._config.batches_ahead))
         self._out: queue.SimpleQueue[_InFlight | BaseException | None] = queue.SimpleQueue()
         self._wake, self._woken = (Connection(end.detach()) for end in socket.socketpair())
-        self._closing = False
+        self._closing, self._ended = False, False
         self._thread = threading.Thread(target=self._manage, name="videomae-loader", daemon=True)
 
     def __enter__(self) -> "Loader":
@@ -194,12 +194,12 @@ class Loader:
             flight = self._read_here()
             return None if flight is None else self._batch(flight)
         out = self._out.get()
-        if isinstance(out, BaseException):
-            raise out
+        if isinstance(out, _InFlight):
+            return self._batch(out)
+        self._out.put(out)  # for whoever asks again
         if out is None:
-            self._out.put(None)  # whoever asks again
             return None
-        return self._batch(out)
+        raise out
 
     def has_batch(self) -> bool:
         """Whether `next_batch` would give one without waiting or reading."""
@@ -247,7 +247,7 @@ class Loader:
             flight.samples,
             tuple(sorted(flight.skips)),
             flight.effort,
-            self._out.qsize(),
+            self._out.qsize() - self._ended,
             flight.place,
         )
 
@@ -308,9 +308,13 @@ class Loader:
                         self._out.put(self._flight.popleft())
                     if more or self._flight:
                         self._hear(self._pool.settle(self._woken))
-            self._out.put(None)
+            self._end(None)
         except BaseException as error:  # handed to the thread that iterates, which raises it
-            self._out.put(error)
+            self._end(error)
+
+    def _end(self, how: BaseException | None) -> None:
+        self._ended = True
+        self._out.put(how)
 
     def _hear(self, settled: Iterable[Outcome]) -> None:
         for task, value, lost in settled:

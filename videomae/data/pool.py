@@ -52,6 +52,7 @@ signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, sign
 from videomae.data.worker import main
 main(*{arguments})
 """
+_STARTS_TO_FAIL = 10  # workers killed while they start, before it is given up
 _START_LIMIT = 120.0  # seconds for a worker to import what it needs, from a slow disk
 # tasks after which a worker is replaced: decoders keep a little of every file (decord 300 bytes, a GB in 3 million)
 _LIFETIME = 20_000
@@ -105,12 +106,12 @@ class _Worker:
         self.since = time.monotonic()
         return self.tasks.popleft()
 
-    def end(self) -> int:
+    def end(self, patience: float = 10.0) -> int:
         """Kill the process, if it is not dead already, and return its exit code."""
         self.process.kill()
         self.link.close()
         try:
-            return self.process.wait(timeout=10)
+            return self.process.wait(timeout=patience)
         except subprocess.TimeoutExpired:
             return -signal.SIGKILL  # in the kernel, waiting for a dead disk: it ends when that does
 
@@ -126,6 +127,7 @@ class Pool:
         check(workers >= 1, f"workers must be at least 1; got {workers}")
         self._service, self._timeout, self._see_gpus, self._lifetime = service, timeout, see_gpus, lifetime
         self._waiting: deque[Any] = deque()
+        self._failed_starts = 0
         # the first ones live shorter, so that not all are replaced at once
         self._workers = [self._start(-(-lifetime * (i + 1) // workers)) for i in range(workers)]
 
@@ -134,7 +136,10 @@ class Pool:
 
     def __exit__(self, *_: object) -> None:
         for worker in self._workers:
-            worker.end()
+            worker.process.kill()
+        until = time.monotonic() + 10
+        for worker in self._workers:
+            worker.end(max(until - time.monotonic(), 0.01))
 
     @property
     def pids(self) -> list[int]:
@@ -198,7 +203,10 @@ class Pool:
         """End the worker, give up what it was working on, put the rest back into the queue, and start another."""
         code = worker.end()
         if not worker.ready:
-            raise RuntimeError(f"a data worker could not start (exit code {code}); what it printed stands above")
+            self._failed_starts += 1
+            killed = code < 0 and reason is None  # from outside, perhaps for want of memory: another may come through
+            if not killed or self._failed_starts > _STARTS_TO_FAIL:
+                raise RuntimeError(f"a data worker could not start: {_describe(code)}; what it printed stands above")
         lost = None
         if worker.tasks:
             lost = Outcome(worker.finish(), lost=reason or f"the worker decoding it died ({_describe(code)})")

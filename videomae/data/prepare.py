@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -143,11 +144,13 @@ def _prepare(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> tuple[Plan, int, int]:
     """What to make, and which part of it. Raises ValueError."""
-    asked = re.fullmatch(r"(\d+)/(\d+)", options.shard)
+    asked = re.fullmatch(r"([0-9]+)/([0-9]+)", options.shard)
     check(asked is not None and int(asked[1]) < int(asked[2]), f"--shard must be i/n, i below n; got {options.shard}")
     assert asked is not None
     check(options.workers >= 1, f"--workers must be at least 1; got {options.workers}")
-    check(options.timeout > 0, f"--timeout must be positive; got {options.timeout:g}")
+    check(0 < options.timeout < 1e6, f"--timeout must be between 0 and a million seconds; got {options.timeout:g}")
+    urls = [path for path in (options.source, str(options.out)) if re.match(r"[A-Za-z0-9]+:/", path)]
+    check(not urls, f"IN and OUT must be on a disk, not {' and '.join(urls)}: prepare there, then copy the folder")
     source, out = Path(options.source).expanduser().resolve(), options.out.expanduser().resolve()
     check(not out.exists() or out.is_dir(), f"{out} is a file; give a folder")
     check(not is_prepared(source), f"{source} is a prepared set already")
@@ -262,7 +265,7 @@ def _report(plan: Plan, seconds: float | None) -> int:
     if not rows:
         print("no video was fit for the set: remove its folder before the next try")
         return 1
-    print(f"next: python -m train.pretrain RECIPE --data {plan.out}")
+    print(f"next: python -m train.pretrain RECIPE --data {shlex.quote(str(plan.out))}")
     return 0
 
 

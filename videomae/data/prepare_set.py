@@ -170,6 +170,8 @@ def locked(plan: Plan, shards: Sequence[int]) -> Iterator[int]:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, shard)
             except (BlockingIOError, PermissionError) as error:
                 raise ValueError(f"another process is at work on shard {shard} of {plan.out}") from error
+            except OSError as error:
+                raise ValueError(f"{plan.out} is on a file system that cannot lock files: {error.strerror}") from error
         yield file.fileno()
 
 

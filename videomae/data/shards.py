@@ -372,7 +372,7 @@ def read_index(root: str | Path) -> Prepared:
         text, count = storage.read_text(storage.join(root, "index.jsonl")), facts["videos"]
     except FileNotFoundError as error:
         raise ValueError(_incomplete(root)) from error
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{root}/dataset.json is damaged: {type(error).__name__}: {error}") from error
     except OSError as error:
         raise ValueError(f"the index of {root} cannot be read: {error.strerror or error}") from error

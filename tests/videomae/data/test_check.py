@@ -400,7 +400,7 @@ def test_knows_the_ordinary_and_the_odd_files(clips, hard, tmp_path, capsys):
             # its beginning and middle can be read: test_decode.py
             corrupted = entries.pop("corrupted.mp4")
             assert corrupted["status"] == "unreadable"
-            assert corrupted["reason"].startswith("last frame: damaged")
+            assert corrupted["reason"].startswith("middle and last frame: damaged")
         got = {
             name: (e["status"], e["frames"], e["width"], e["height"], round(e["fps"], 2), e["codec"])
             for name, e in entries.items()

@@ -1,6 +1,7 @@
 """Lists of videos, the order of clips, and clips as pure functions of (seed, epoch, index, view)."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,6 +152,24 @@ def test_views_are_spread_over_windows_that_are_decoded_at_once(counting, monkey
         assert numbers_of(once.read(counting, samples)[3]) == views[0]
         assert numbers_of(four.read(counting, samples[3:])[0]) == views[3]
     assert apart > 15
+
+
+def test_damage_costs_all_views_or_none_however_they_are_split(counting, tmp_path):
+    data = bytearray(Path(counting).read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 16] = os.urandom(16)
+    (tmp_path / "damaged.mp4").write_bytes(data)
+    four = reader(frames=4, stride=3, views=4, windows=2)
+
+    def outcome(samples):
+        try:
+            return len(four.read(str(tmp_path / "damaged.mp4"), samples))
+        except UnreadableVideo:
+            return 0
+
+    for epoch in range(30):
+        samples = [Sample(epoch, 0, view) for view in range(4)]
+        assert outcome(samples) / 4 == outcome(samples[:2]) / 2 == outcome(samples[2:]) / 2 == outcome(samples[3:])
 
 
 def test_views_must_suit_their_windows():

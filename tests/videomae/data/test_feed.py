@@ -63,8 +63,7 @@ class SlowCopier:
         return torch.zeros_like(like)
 
     def copy(self, to, source, after):
-        if after is not None:
-            self.copies.give(after.wait_on_host)
+        self.copies.give(after.wait_on_host)
         self._by_chance()
         return self.copies.give(lambda: [a.copy_(b) for a, b in zip(to, source, strict=True)])
 
@@ -74,6 +73,10 @@ class SlowCopier:
 
     def wait(self, mark):
         self.compute.give(mark.wait_on_host)
+
+    def seconds(self, begin, end):
+        assert begin.stream is end.stream is self.compute
+        return float(end.number - begin.number)
 
     def _by_chance(self):
         for stream in (self.copies, self.compute):
@@ -121,11 +124,14 @@ def test_copies_the_next_batch_before_the_step_has_begun_with_this_one(paths):
     copier = SlowCopier(0)
     copier.chance.random = lambda: 1.0  # nothing by chance
     with loader_of(paths) as loader:
+        deadline = time.monotonic() + 60
         while loader._out.qsize() < 4:
+            assert time.monotonic() < deadline
             time.sleep(0.01)
         batches = DeviceFeed(loader, copier, print)
         next(batches)
-        next(batches)
+        # what the computing stream does between a step's end and the next one's begin: wait for the copy
+        assert next(batches).waited() == 1
         # the second one's copy, and the third one's, which waits for nobody but the first step
         assert sum("copy" in work.__qualname__ for work in copier.copies.work) == 3
 

@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -125,17 +126,18 @@ def test_replaces_an_idle_worker_that_died_without_losing_a_clip(paths):
         assert sum(batch.weight.numel() for batch in stream) == 4
 
 
+@pytest.mark.long
 def test_ends_a_worker_that_hangs_and_goes_on(paths, tmp_path):
     # opening a pipe that nobody writes to blocks in C, and no exception or signal handler gets it out
     os.remove(paths[2])
     os.mkfifo(paths[2])
     batches = [[Sample(e, i, 0) for i in range(5)] for e in range(2)]
     begin = time.monotonic()
-    got = collect(paths, batches, workers=2, config=LoaderConfig(timeout=2))
-    assert time.monotonic() - begin < 30
+    got = collect(paths, batches, workers=2, config=LoaderConfig(timeout=5))
+    assert time.monotonic() - begin < 120
     for batch in got:
         assert batch.weight.tolist() == [1, 1, 0, 1, 1]
-        assert "longer than 2 s" in batch.skips[0].reason
+        assert "longer than 5 s" in batch.skips[0].reason
     # a clip that waited behind it in the same worker is read all the same
     whole = collect(paths, [[Sample(1, 4, 0)]], workers=0)[0]
     assert torch.equal(got[1].frames[4], whole.frames[0])
@@ -155,6 +157,7 @@ def is_blocked_in_open(pid):
     )
 
 
+@pytest.mark.long
 def test_replaces_a_killed_worker_and_skips_its_clip(paths):
     os.remove(paths[2])
     os.mkfifo(paths[2])
@@ -252,10 +255,11 @@ def test_memory_stays_flat_over_ten_thousand_clips(tmp_path):
     assert len(paths) == 6 + 1 + 6 + 6
     order, size = Order(len(paths), 0), 20
     batches = (order.samples(k * size, size) for k in range(520))
-    grown = []
+    taken = []
     with Loader(READER, paths, batches, batch_size=size, workers=2) as loader:
         for k, _ in enumerate(loader):
-            if k in (99, 499):
-                grown.append([own_memory(pid) for pid in (os.getpid(), *loader.worker_pids)])
-    for early, late in zip(*grown, strict=True):
-        assert late - early < 6e6, f"{early / 1e6:.1f} MB after 2,000 clips, {late / 1e6:.1f} MB after 10,000"
+            if 100 <= k < 500 and k % 10 == 0:
+                taken.append([own_memory(pid) for pid in (os.getpid(), *loader.worker_pids)])
+    # medians: what a process holds goes up and down by some MB with every file
+    for early, late in zip(*np.median(np.array(taken).reshape(2, 20, -1), axis=1), strict=True):
+        assert late - early < 8e6, f"{early / 1e6:.1f} MB from clip 2,000 to 6,000, {late / 1e6:.1f} MB to 10,000"

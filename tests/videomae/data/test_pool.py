@@ -20,7 +20,7 @@ def settle_all(tasks, workers=2, timeout=60.0):
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
-        ("sleep in C", "took longer than 2 s"),
+        ("sleep in C", "took longer than 5 s"),
         pytest.param("crash in C", "died (SIGSEGV)", marks=pytest.mark.long),
         pytest.param("exit", "died (exit code 7)", marks=pytest.mark.long),
         pytest.param("kill", "died (SIGKILL)", marks=pytest.mark.long),
@@ -28,7 +28,7 @@ def settle_all(tasks, workers=2, timeout=60.0):
 )
 def test_a_worker_that_hangs_or_dies_costs_the_task_it_had(what, reason):
     tasks = [Odd(what if n == 3 else "work", n) for n in range(12)]
-    by_task, count, seconds = settle_all(tasks, timeout=2)
+    by_task, count, seconds = settle_all(tasks, timeout=5)
     assert count == len(tasks) == len(by_task)
     assert reason in by_task[tasks[3]].lost
     assert by_task[tasks[3]].value is None
@@ -36,7 +36,7 @@ def test_a_worker_that_hangs_or_dies_costs_the_task_it_had(what, reason):
         if task.number != 3:
             assert by_task[task].lost is None
             assert by_task[task].value[0] == task.number
-    assert seconds < 40
+    assert seconds < 120
 
 
 @pytest.mark.long
@@ -57,8 +57,8 @@ def test_decord_that_waits_for_a_pipe_is_ended(tmp_path):
     good = str(write_video(tmp_path / "good.mp4", moving_frames(9)))
     pipe = str(tmp_path / "pipe.mp4")
     os.mkfifo(pipe)
-    outcomes = {o.task: o for o in perform_all(OpenByDecord(), [pipe, good], workers=1, timeout=2)}
-    assert outcomes[pipe].lost == "took longer than 2 s"
+    outcomes = {o.task: o for o in perform_all(OpenByDecord(), [pipe, good], workers=1, timeout=5)}
+    assert outcomes[pipe].lost == "took longer than 5 s"
     assert outcomes[good].value == 9
 
 

@@ -197,7 +197,7 @@ def test_refuses_when_the_disk_is_too_small(tmp_path, capsys, monkeypatch):
         (["--shard", "2/2"], "--shard must be i/n, i below n; got 2/2"),
         (["--shard", "one"], "--shard must be i/n"),
         (["--workers", "0"], "--workers must be at least 1"),
-        (["--timeout", "0"], "--timeout must be positive"),
+        (["--timeout", "0"], "--timeout must be between 0"),
         (["--shard-videos", "0"], "--shard-videos must be at least 1"),
     ],
 )
@@ -291,9 +291,9 @@ def kill(job, number=signal.SIGKILL):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("layout", ["shards", "files"])
-def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(tmp_path, layout):
-    videos = make_videos(tmp_path / "in", 40, frames=60)
+@pytest.mark.parametrize(("layout", "most"), [("shards", 4), ("files", 2)])
+def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(tmp_path, layout, most):
+    videos = make_videos(tmp_path / "in", 32, frames=60)
     (videos / "05.mp4").write_bytes(b"")
     arguments = [videos, "--shard-videos", 4, "--layout", layout, "--workers", 2]
     assert prepare.main([str(a) for a in [arguments[0], tmp_path / "whole", *arguments[1:]]]) == 0
@@ -313,15 +313,14 @@ def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(tmp_path, layou
                 break
             time.sleep(0.01)
         time.sleep(float(draws.uniform(0.0, 0.3)))
-        if kills == 6 or job.poll() is not None:
+        if kills == most or job.poll() is not None:
             job.communicate(timeout=120)
             break
         kill(job)
         kills += 1
         moments.add((len(list(out.glob("shard-*.jsonl"))), len(listing(out / ".work"))))
     assert job.returncode == 0
-    assert kills >= 3
-    assert len(moments) >= 3
+    assert kills == len(moments) == most
     assert contents(out) == truth
 
 
