@@ -116,9 +116,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; exit code 2 for a path that holds no videos."""
     given = _arguments(arguments)
-    from train.plan import available_cpus
     from videomae.data.augment import Augment
     from videomae.data.dataset import ClipReader, Order, find_videos
+    from videomae.data.pool import available_cpus
 
     torch.set_num_threads(1)
     try:

@@ -18,6 +18,7 @@ from train.cli import parse, refuse
 from train.memory import Workload, estimate, largest_micro_batch
 from train.recipes import PRETRAIN, PretrainConfig, build
 from videomae.blocks import RECOMPUTE
+from videomae.data.pool import available_cpus
 from videomae.model import size_of
 
 # of the free memory, what the estimate of a step may take: it is within 15 %, and a GPU holds little else; a CPU's
@@ -40,17 +41,6 @@ class BatchPlan:
     @property
     def accumulation(self) -> int:
         return self.clips // self.micro_batch
-
-
-def available_cpus() -> int:
-    """Cores this process may use: affinity and the container's quota, where torch would count the machine's."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.exists():
-        limit, period = quota.read_text().split()
-        if limit != "max":
-            cores = min(cores, max(int(limit) // int(period), 1))
-    return cores
 
 
 def decoding_cores(device: torch.device) -> int:

@@ -17,7 +17,6 @@ from train.objective import PretrainObjective
 from train.optim import PRECISIONS, Schedule, Updater, resolve_precision, schedule
 from train.plan import (
     BatchPlan,
-    available_cpus,
     bytes_text,
     decoding_cores,
     memory_budget,
@@ -33,6 +32,7 @@ from videomae.data import decode, storage
 from videomae.data.dataset import ClipReader, VideoList, find_videos
 from videomae.data.decode import Decoder
 from videomae.data.demo import make_demo
+from videomae.data.pool import available_cpus
 from videomae.data.shards import is_locator
 from videomae.data.torchcodec_reader import check_parity
 from videomae.model import VideoMAE, size_of

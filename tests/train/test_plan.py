@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from train.memory import Workload, estimate
-from train.plan import available_cpus, free_memory, main, pick_device, plan_batch
+from train.plan import free_memory, main, pick_device, plan_batch
 from videomae.blocks import RECOMPUTE
+from videomae.data.pool import available_cpus
 from videomae.masking import counts
 from videomae.model import SIZES, Input
 
@@ -57,7 +58,7 @@ def test_sees_this_process_cores_and_memory():
     assert available_cpus() >= 1
     assert 2**28 < free_memory(torch.device("cpu")) < 2**46
     if Path("/usr/bin/taskset").exists():
-        code = "from train.plan import available_cpus; print(available_cpus())"
+        code = "from videomae.data.pool import available_cpus; print(available_cpus())"
         out = subprocess.run(
             ["taskset", "-c", "0", sys.executable, "-c", code], capture_output=True, text=True, check=True
         )

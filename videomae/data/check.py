@@ -36,7 +36,7 @@ from videomae.data.check_file import Examined, Examiner, Hash, Look, Search
 from videomae.data.check_list import write_list
 from videomae.data.check_report import Entry, Report
 from videomae.data.dataset import SUFFIXES, VideoList, find_videos
-from videomae.data.pool import Outcome, perform_all
+from videomae.data.pool import Outcome, available_cpus, perform_all
 from videomae.data.shards import is_prepared
 from videomae.data.storage import is_url
 
@@ -192,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "videomae.data.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    cores = available_cpus()
     parser.add_argument("path", metavar="PATH", help="a folder, a list file, a prepared set or a video")
     parser.add_argument("--frames", type=int, default=16, help="frames of a clip (16)")
     parser.add_argument("--stride", type=int, default=4, help="frames from one of them to the next (4)")

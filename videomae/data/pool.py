@@ -14,9 +14,21 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from kernels.launch import check
+
+
+def available_cpus() -> int:
+    """Cores this process may use: affinity and the container's quota, where torch would count the machine's."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.exists():
+        limit, period = quota.read_text().split()
+        if limit != "max":
+            cores = min(cores, max(int(limit) // int(period), 1))
+    return cores
 
 
 class Service(Protocol):

@@ -8,7 +8,6 @@ goes on, `prepare_sample.py` how one video is encoded, `prepare_estimate.py` how
 
 import argparse
 import json
-import os
 import re
 import shlex
 import shutil
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 from kernels.launch import check
 from videomae.data.dataset import find_videos
-from videomae.data.pool import Outcome, perform_all
+from videomae.data.pool import Outcome, available_cpus, perform_all
 from videomae.data.prepare_estimate import check_space, estimate, gigabytes
 from videomae.data.prepare_sample import Encoding, Preparing, Task, refuse
 from videomae.data.prepare_set import Plan, finish, join, keys_of, locked, source_names, sweep, undone
@@ -84,15 +83,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--jpeg-quality", type=int, default=85, metavar="Q", help="higher is better and larger (85)")
     add("--layout", choices=("shards", "files"), default="shards", help="tar shards (default), or files/")
     add("--shard-videos", type=int, default=256, metavar="N", help="videos in a shard (256)")
-    add("--workers", type=int, default=_cores(), metavar="N", help="processes (one for each core)")
+    add("--workers", type=int, default=available_cpus(), metavar="N", help="processes (one for each core)")
     add("--timeout", type=float, default=600, metavar="SECONDS", help="for one video; then it is refused (600)")
     add("--shard", default="0/1", metavar="i/n", help="one of n jobs on one OUT: shards i, i + n, ..., from 0 on")
     add("--estimate", action="store_true", help="print what each choice would take on disk, and stop")
     return parser.parse_args(arguments)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
