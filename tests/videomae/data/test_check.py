@@ -258,7 +258,13 @@ def test_a_file_that_hangs_costs_its_time_limit(tmp_path):
 def test_ctrl_c_ends_it_with_one_line(tmp_path):
     os.mkfifo(tmp_path / "a.mp4")
     command = [*COMMAND, str(tmp_path), "--json", str(tmp_path / "out.json")]
-    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+
+    def heed() -> None:
+        # a job in the background is started with Ctrl-C ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment(), preexec_fn=heed, **pipes) as process:
         assert process.stdout.readline().startswith(b"checking")
         time.sleep(1)
         process.send_signal(signal.SIGINT)
