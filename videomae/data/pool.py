@@ -66,8 +66,8 @@ main(*{arguments})
 """
 _STARTS_TO_FAIL = 10  # workers killed while they start, before it is given up
 _START_LIMIT = 120.0  # seconds for a worker to import what it needs, from a slow disk
-# tasks after which a worker is replaced: decoders keep a little of every file (decord 300 bytes, a GB in 3 million)
-_LIFETIME = 20_000
+# tasks after which a worker is replaced, which takes 2 s: decoders keep a little of every file (decord 300 bytes)
+_LIFETIME = 200_000
 
 
 class _Worker:
