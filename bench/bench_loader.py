@@ -28,9 +28,10 @@ pytest.importorskip("av", reason="the data path needs PyAV")
 pytest.importorskip("decord", reason="the published path needs decord")
 
 from videomae.data.augment import Augment, multi_scale_crop  # noqa: E402
-from videomae.data.dataset import _CROP, _FRAMES, ClipReader, Order, Sample, find_videos  # noqa: E402
+from videomae.data.dataset import CROP, FRAMES, Order, Sample, find_videos  # noqa: E402
 from videomae.data.decode import Video  # noqa: E402
 from videomae.data.prepare import main as prepare  # noqa: E402
+from videomae.data.readers import ClipReader  # noqa: E402
 from videomae.keys import Draws  # noqa: E402
 
 RESULTS = Path(__file__).with_name("results")
@@ -109,9 +110,9 @@ def published_float_path(path: str, epoch: int) -> torch.Tensor:
     import decord
 
     decoder = decord.VideoReader(path, num_threads=1)
-    start = Draws(0, epoch, 0, _FRAMES).below(len(decoder) - 64 + 1)
+    start = Draws(0, epoch, 0, FRAMES).below(len(decoder) - 64 + 1)
     frames = decoder.get_batch([start + 4 * k for k in range(16)]).asnumpy()
-    crop = multi_scale_crop(*frames.shape[1:3], (224, 224), Augment().scales, Draws(0, epoch, 0, 0, _CROP))
+    crop = multi_scale_crop(*frames.shape[1:3], (224, 224), Augment().scales, Draws(0, epoch, 0, 0, CROP))
     box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
     images = [Image.fromarray(frame).crop(box).resize((224, 224), Image.Resampling.BILINEAR) for frame in frames]
     stacked = np.concatenate([np.asarray(image) for image in images], axis=2)  # [224, 224, 48]
@@ -128,7 +129,7 @@ def test_clips_come_faster_than_by_the_published_path(benchmark, capsys, video, 
 
     def in_turn() -> None:
         epoch = len(times["ours"])
-        start = Draws(0, epoch, 0, _FRAMES).below(len(Video(video)) - 64 + 1)
+        start = Draws(0, epoch, 0, FRAMES).below(len(Video(video)) - 64 + 1)
         runs = {
             "ours": lambda: reader.read(video, [Sample(epoch, 0, 0)])[0],
             "published": lambda: published_float_path(video, epoch),

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 if TYPE_CHECKING:  # the data packages are needed when it runs, not to import it
-    from videomae.data.dataset import ClipReader, Order, VideoList
+    from videomae.data.dataset import Order, VideoList
+    from videomae.data.readers import ClipReader
 
 _WARM = 5  # clips read before the clock starts
 _VIEWS = (1, 2, 4)
@@ -117,8 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; exit code 2 for a path that holds no videos."""
     given = _arguments(arguments)
     from videomae.data.augment import Augment
-    from videomae.data.dataset import ClipReader, Order, find_videos
+    from videomae.data.dataset import Order, find_videos
     from videomae.data.pool import available_cpus
+    from videomae.data.readers import ClipReader
 
     torch.set_num_threads(1)
     try:

@@ -11,9 +11,8 @@ from safetensors.torch import load_file
 
 from train.pretrain import main
 
-FAST = (
-    "--model.frames 4 --model.image-size 16 --model.cube 2 8 8 --model.decoder-depth 1 --mask.ratio 0.5 --batch-size 6"
-)
+FAST = "--model.size vit_tiny --model.frames 4 --model.image-size 16 --model.cube 2 8 8 --model.decoder-depth 1"
+FAST += " --data.views-per-decode 1 --mask.ratio 0.5 --batch-size 6 --optim.base-lr 0.04"
 FAST += " --workers 0 --log.every 2 --log.tensorboard false --checkpoint.keep 9"
 
 

@@ -52,8 +52,9 @@ def read_part(paths: list[str], part: int, parts: int, out: str) -> None:
     import torch
 
     from videomae.data.augment import Augment
-    from videomae.data.dataset import ClipReader, Order
+    from videomae.data.dataset import Order
     from videomae.data.loader import Loader
+    from videomae.data.readers import ClipReader
 
     order, size = Order(len(paths), 3, views=2), 12 // parts
     reader = ClipReader(frames=4, size=(16, 16), stride=1, augment=Augment(), seed=3, views=2)

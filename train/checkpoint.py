@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,16 +42,25 @@ class Damaged(Exception):
     """A checkpoint that cannot be read."""
 
 
-def save(folder: Path, step: int, model: nn.Module, state: dict[str, Any], *, keep: int) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    state: dict[str, Any],
+    *,
+    keep: int,
+    beside: Mapping[str, nn.Module] | None = None,
+) -> Path:
     """Write folder/step_<step> and remove all but the newest `keep`. A kill at any moment leaves whole checkpoints
-    only."""
+    only. beside: other models, by file name."""
     folder.mkdir(parents=True, exist_ok=True)
     final, temporary = folder / f"step_{step}", folder / f".step_{step}.writing"
     for leftover in folder.glob(".step_*"):  # of a run that was killed while writing
         shutil.rmtree(leftover)
     temporary.mkdir()
     try:
-        save_weights(model, temporary / "model.safetensors")
+        for name, each in {"model.safetensors": model, **(beside or {})}.items():
+            save_weights(each, temporary / name)
         with open(temporary / "state.pt", "wb") as file:
             torch.save({**state, "step": step}, file)
             file.flush()

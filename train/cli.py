@@ -26,19 +26,24 @@ def parse(
             refuse(prog, f"no recipe called {name}; there are {', '.join(recipes)}")
     listing = "\n".join(f"  {key}: {_first_line(recipe)}" for key, recipe in recipes.items())
     recipe = recipes[name]()
+    about = f"{about}\n\nRecipes (the first argument, default {default}):\n{listing}"
+    return _read(type(recipe), flags, prog=f"{prog} {name}", about=about, default=recipe, blame=prog)
+
+
+def parse_flags(arguments: Sequence[str], config: type[T], *, prog: str, about: str) -> T:
+    """The configuration of a command without recipes."""
+    return _read(config, list(arguments), prog=prog, about=about, default=tyro.MISSING_NONPROP, blame=prog)
+
+
+def _read(config: type[T], flags: Sequence[str], *, prog: str, about: str, default: Any, blame: str) -> T:
+    """tyro's reading of the flags; blame: what an error names."""
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                type(recipe),
-                default=recipe,
-                args=_switches(flags),
-                prog=f"{prog} {name}",
-                description=f"{about}\n\nRecipes (the first argument, default {default}):\n{listing}",
-            )
+            return tyro.cli(config, args=_switches(flags), prog=prog, description=about, default=default)
     except SystemExit as end:
         if end.code:
-            refuse(prog, _condense(complaint.getvalue()))
+            refuse(blame, _condense(complaint.getvalue()))
         raise
 
 

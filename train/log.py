@@ -4,12 +4,13 @@ Scalars stay on the device until they have arrived on the host by themselves, a 
 them.
 """
 
+import contextlib
 import json
 import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -71,6 +72,7 @@ class RunLog:
         self._in_a_row = 0
         forget_after(out / "metrics.jsonl", start)
         forget_after(out / "nonfinite.jsonl", start)
+        forget_after(out / "evaluations.jsonl", start)
         self._skipped, self._nonfinite = (_count_lines(out / name) for name in ("skipped.jsonl", "nonfinite.jsonl"))
         self._metrics = (out / "metrics.jsonl").open("a", buffering=1)
         self._board = _open_board(out / "tensorboard", start) if config.tensorboard else None
@@ -132,6 +134,22 @@ class RunLog:
         while len(self._pending) > _LAG:
             self._pending[0].arrived.synchronize()
             self._consume(self._pending.popleft())
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """What is done inside is not counted as the steps' time."""
+        self.flush()
+        begin = time.monotonic()
+        yield
+        self._since += time.monotonic() - begin
+
+    def evaluated(self, step: int, values: Mapping[str, float | int]) -> None:
+        """Report what a look at the model gave, beside the steps: a line of evaluations.jsonl, and TensorBoard."""
+        with open(self._out / "evaluations.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
 
     def flush(self) -> None:
         """Wait for and write all that is pending."""

@@ -23,7 +23,8 @@ _GRADIENTS = 1 + 4 + 4
 
 @dataclass(frozen=True)
 class Workload:
-    """A micro-batch's step. bytes_each: of an activation, 4 in float32 and 2 under autocast."""
+    """A micro-batch's step. bytes_each: of an activation, 4 in float32 and 2 under autocast. A classifier has no
+    decoder: depth 0, nothing decoded or predicted."""
 
     size: Size
     input: Input
@@ -35,6 +36,7 @@ class Workload:
     accumulates: bool = False  # gradients of earlier micro-batches lie in memory from the start
     short_last_layer: bool = True  # of the decoder
     inputs_held: int = 1  # micro-batches of pixels on the device: the one in use, and those that wait
+    normalized_copy: bool = False  # the one in use is normalised before the model, into float32
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def estimate(work: Workload, micro_batch: int) -> Memory:
     copies = work.bytes_each * work.num_parameters if work.bytes_each < 4 else 0
     weights = resting + int(_copied_share(work.recompute) * copies)
     frames = (
-        work.inputs_held
+        (work.inputs_held + (4 if work.normalized_copy else 0))
         * micro_batch
         * work.input.frames
         * work.input.size[0]
@@ -102,6 +104,8 @@ def _layers(work: Workload) -> list[_Layer]:
     size, counts = work.size, work.counts
     tokens = counts.visible + counts.decoded
     encoder = [_Layer(counts.visible, counts.visible, size.width, size.heads)] * size.depth
+    if work.decoder_depth == 0:
+        return encoder
     decoder = [_Layer(tokens, tokens, size.decoder_width, size.decoder_heads)] * (work.decoder_depth - 1)
     narrowed = counts.predicted if work.short_last_layer else tokens
     return [*encoder, *decoder, _Layer(tokens, narrowed, size.decoder_width, size.decoder_heads)]

@@ -1,4 +1,5 @@
-"""What a pre-training step minimises: draw the masks from the clips' keys, predict, compare with the pixels."""
+"""What a step minimises: in pre-training, draw the masks from the clips' keys, predict, compare with the pixels; in
+fine-tuning, classify, compare with the labels."""
 
 from dataclasses import dataclass
 
@@ -7,6 +8,8 @@ from torch import Tensor
 
 import kernels
 from videomae import masking
+from videomae.classifier import Classifier
+from videomae.data.mix import Mix, blend_tokens, mixed_cross_entropy
 from videomae.model import VideoMAE
 
 
@@ -52,3 +55,38 @@ class PretrainObjective:
         """The model's prediction, with matrix products in the autocast dtype."""
         with torch.autocast(frames.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             return self.model(frames, mask)
+
+
+@dataclass(frozen=True)
+class ClassifyObjective:
+    """What a fine-tuning step minimises: the cross-entropy with smoothed labels of clips that may be mixed.
+
+    A function of tensors only, as `PretrainObjective`.
+    """
+
+    model: Classifier
+    smoothing: float = 0.1
+    autocast: torch.dtype | None = None
+
+    def __call__(
+        self,
+        frames: Tensor,
+        labels: Tensor,
+        lam: Tensor | None = None,
+        partner: Tensor | None = None,
+        blend: Tensor | None = None,
+        weight: Tensor | None = None,
+        scale: float | Tensor = 1.0,
+    ) -> Tensor:
+        """The loss, a float32 scalar, times scale.
+
+        frames: [B, T, H, W, C], uint8, or normalised. labels: int64 [B]. lam, partner, blend: see `mix.Mix`, or none of
+        them. weight: float32 [B], 0 for clips that do not count.
+        """
+        with torch.autocast(frames.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            tokens = self.model.embed(frames)
+            if lam is not None and partner is not None and blend is not None:
+                tokens = blend_tokens(tokens, Mix(lam, partner, blend))
+            logits = self.model.classify(tokens)
+        mix = None if lam is None or partner is None or blend is None else Mix(lam, partner, blend)
+        return scale * mixed_cross_entropy(logits, labels, mix, self.smoothing, weight)

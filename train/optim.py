@@ -1,6 +1,7 @@
 """AdamW, its schedule, mixed precision, and what happens to a step whose gradients are not finite."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,6 +39,21 @@ class Optim:
 
 
 @dataclass(frozen=True)
+class FinetuneOptim(Optim):
+    """AdamW for fine-tuning (RECIPES E.1)."""
+
+    base_lr: float = 1e-3
+    min_lr: float = 1e-6
+    warmup_epochs: float = 5.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    layer_decay: float = 0.75  # factor on the learning rate from each block to the one before it; 1: the same for all
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(0 < self.layer_decay <= 1, f"optim.layer-decay must be in (0, 1]; got {self.layer_decay}")
+
+
+@dataclass(frozen=True)
 class Schedule:
     """Learning rate by step: a straight line from 0 to peak, both included, then half a cosine towards floor, which it
     never reaches."""
@@ -62,14 +78,36 @@ def schedule(config: Optim, *, batch_size: int, steps: int, warmup_steps: int) -
     return Schedule(config.base_lr * scale, config.min_lr * scale, warmup_steps, steps)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Weights with decay; biases, vectors and the mask token without."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+    """Weights with decay; biases, vectors and the mask token without; apart by `rate`, what the layer's learning rate
+    is multiplied with (RECIPES E.1): 1 for the head, layer_decay for the last block, and so on down to the embedding.
+    """
+    depth = 1 + max((_block(name) for name, _ in model.named_parameters()), default=-1)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         exempt = parameter.ndim <= 1 or name.endswith((".bias", "mask_token"))
-        (plain if exempt else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        rate = 1.0 if layer_decay == 1 else layer_decay ** (depth + 1 - _layer(name, depth))
+        groups.setdefault((rate, exempt), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": 0.0 if exempt else weight_decay, "rate": rate}
+        for (rate, exempt), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def _block(name: str) -> int:
+    """The number of the encoder's block that a parameter belongs to; -1 of any other."""
+    found = re.match(r"(?:encoder\.)?blocks\.(\d+)\.", name)
+    return int(found[1]) if found else -1
+
+
+def _layer(name: str, depth: int) -> int:
+    """0 for the embedding, i + 1 for block i, depth + 1 for everything else."""
+    if name.startswith("patch_embed."):
+        return 0
+    block = _block(name)
+    return depth + 1 if block < 0 else block + 1
 
 
 class StepStats(NamedTuple):
@@ -88,12 +126,15 @@ class Updater:
     ) -> None:
         self._config, self._schedule, self.device = config, schedule, device
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        groups = parameter_groups(model, config.weight_decay)
+        layer_decay = config.layer_decay if isinstance(config, FinetuneOptim) else 1.0
+        groups = parameter_groups(model, config.weight_decay, layer_decay)
         # on the device, where a captured graph finds this step's
-        self._rate = torch.zeros((), device=device)
+        self._rates = {group["rate"]: torch.zeros((), device=device) for group in groups}
+        for group in groups:
+            group["lr"] = self._rates[group["rate"]]
         self._capturable = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
-            groups, lr=self._rate, betas=config.betas, eps=config.eps, fused=True, capturable=self._capturable
+            groups, betas=config.betas, eps=config.eps, fused=True, capturable=self._capturable
         )
         # only float16's gradients underflow
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
@@ -107,7 +148,8 @@ class Updater:
 
     def set_rate(self, step: int) -> None:
         """The schedule's learning rate for this step, counted from 0, from now on."""
-        self._rate.fill_(self._schedule.at(step))
+        for factor, rate in self._rates.items():
+            rate.fill_(factor * self._schedule.at(step))
 
     def step(self, loss: Tensor, *, grad_factor: float = 1.0, skip: bool = False) -> StepStats:
         """Update the weights at the rate that was set, gradients times grad_factor. The gradients stay.

@@ -99,21 +99,47 @@ def draw_reconstruction(
     return sheet
 
 
-def draw_curves(metrics: Path, out: Path) -> None:
-    """Loss, learning rate, speed and data wait over the steps of metrics.jsonl, as a PNG."""
+def draw_curves(run: Path, out: Path) -> None:
+    """Loss, learning rate, speed and data wait over the steps of a run folder's metrics.jsonl, and what its
+    evaluations.jsonl tells of accuracy, as a PNG."""
     from matplotlib.figure import Figure
 
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = _read_lines(run / "metrics.jsonl")
     panels: Sequence[tuple[str, str, str]] = (
-        ("loss", "loss (normalised pixels)", "tab:blue"),
+        ("loss", "loss", "tab:blue"),
         ("lr", "learning rate", "tab:orange"),
         ("clips_per_second", "clips per second", "tab:green"),
         ("data_wait", "share of time waiting for data", "tab:red"),
     )
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
-    for axes, (name, label, colour) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+    evaluated = _read_lines(run / "evaluations.jsonl")
+    names = [name for name in dict.fromkeys(key for line in evaluated for key in line) if name in _ACCURACIES]
+    figure = Figure(figsize=(15 if names else 10, 6.5), layout="constrained")
+    grid = figure.subplots(2, 3 if names else 2)
+    for axes, (name, label, colour) in zip(grid[:, :2].flat, panels, strict=True):
         points = [(line["step"], line[name]) for line in lines if line[name] is not None]
         axes.plot(*zip(*points, strict=True), color=colour) if points else None
         axes.set(xlabel="step", ylabel=label, ylim=(0, 1) if name == "data_wait" else None)
         axes.grid(alpha=0.3)
+    if names:
+        axes = grid[0, 2]
+        for name in names:
+            points = [(line["step"], line[name]) for line in evaluated if name in line]
+            axes.plot(*zip(*points, strict=True), marker=".", label=_ACCURACIES[name])
+        axes.set(xlabel="step", ylabel="accuracy, %", ylim=(0, 100))
+        axes.grid(alpha=0.3)
+        axes.legend()
+        grid[1, 2].axis("off")
     figure.savefig(out, dpi=110)
+
+
+# what is drawn of evaluations.jsonl, in per cent
+_ACCURACIES = {
+    "val_top1": "validation, top-1",
+    "val_top5": "validation, top-5",
+    "probe_knn": "probe: nearest neighbours",
+    "probe_linear": "probe: linear",
+}
+
+
+def _read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

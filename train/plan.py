@@ -15,10 +15,12 @@ import torch
 
 from kernels.launch import check
 from train.cli import parse, refuse
+from train.finetune_recipes import FinetuneConfig
 from train.memory import Workload, estimate, largest_micro_batch
 from train.recipes import PRETRAIN, PretrainConfig, build
 from videomae.blocks import RECOMPUTE
 from videomae.data.pool import available_cpus
+from videomae.masking import Counts
 from videomae.model import size_of
 
 # of the free memory, what the estimate of a step may take: it is within 15 %, and a GPU holds little else; a CPU's
@@ -79,21 +81,33 @@ def memory_budget(device: torch.device) -> int:
     return int(free_memory(device) * _SHARE[device.type])
 
 
-def plan_batch(clips: int, work: Workload, *, budget: int, micro_batch: int | None = None) -> BatchPlan:
-    """The fewest micro-batches of equal size whose step takes at most budget bytes; one clip at a time if none does.
+def plan_batch(
+    clips: int, work: Workload, *, budget: int, micro_batch: int | None = None, together: int = 1
+) -> BatchPlan:
+    """The fewest micro-batches of equal size whose step takes at most budget bytes; the smallest possible if none does.
 
-    micro_batch: asked for by hand; ValueError unless it divides clips.
+    micro_batch: asked for by hand; together: clips that must be in one micro-batch. ValueError unless together divides
+    micro_batch, and that clips.
     """
     check(clips >= 1, f"batch size must be at least 1; got {clips}")
+    check(
+        clips % together == 0,
+        f"a step's {clips} clips cannot be mixed in groups of {together}: --batch-size must be a multiple, or "
+        "--mix.group another",
+    )
     if micro_batch is None:
         whole = replace(work, accumulates=False)
         parts = replace(work, accumulates=True)
-        sizes = (clips // n for n in range(1, clips + 1) if clips % n == 0)
+        sizes = (clips // n for n in range(1, clips // together + 1) if clips % (n * together) == 0)
         fitting = (n for n in sizes if estimate(whole if n == clips else parts, n).peak <= budget)
-        micro_batch = next(fitting, 1)
+        micro_batch = next(fitting, together)
     check(
         micro_batch >= 1 and clips % micro_batch == 0,
         f"micro-batch {micro_batch} does not divide a step's {clips} clips",
+    )
+    check(
+        micro_batch % together == 0,
+        f"micro-batch {micro_batch} would part the {together} clips that are mixed with each other",
     )
     peak = estimate(replace(work, accumulates=micro_batch < clips), micro_batch).peak
     return BatchPlan(clips, micro_batch, peak, peak <= budget)
@@ -114,6 +128,25 @@ def workload(config: PretrainConfig, num_parameters: int, precision: str, device
         bytes_each=4 if precision == "float32" else 2,
         short_last_layer=model.short_last_layer,
         inputs_held=inputs_held,
+    )
+
+
+def finetune_workload(
+    config: FinetuneConfig, num_parameters: int, precision: str, device_type: str = "cuda"
+) -> Workload:
+    """What a micro-batch of a fine-tuning run computes and holds: every cube is visible, nothing is predicted."""
+    model = config.model
+    cubes = model.input.num_cubes
+    return Workload(
+        size_of(model.size),
+        model.input,
+        Counts(visible=cubes, masked=0, decoded=0, predicted=0),
+        0,
+        num_parameters,
+        model.recompute,
+        bytes_each=4 if precision == "float32" else 2,
+        inputs_held=1 if device_type == "cpu" else 3 if config.engine == "graph" else 2,
+        normalized_copy=config.erasing.probability > 0,
     )
 
 

@@ -1,200 +1,171 @@
 """Pre-train a VideoMAE: `python -m train.pretrain [RECIPE] [--data PATH] [--section.field VALUE]`.
 
-Top to bottom: what was asked for, the loop, and where its results are; train/run.py is what a run needs.
+What pre-training adds to the loop of train/loop.py: masks, the pixel loss, reconstruction pictures, and the probe that
+tells whether something is learned.
 """
 
-import signal
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from train import checkpoint
-from train.cli import parse, refuse, user_errors
-from train.engine import Engine, make_engine
-from train.log import RunLog, TooManyNonFinite
-from train.picture import draw_curves, draw_reconstruction, reconstruct
-from train.recipes import PRETRAIN, PretrainConfig
-from train.run import Run, prepare, say_plan
-from train.signals import stop_signals
-from train.skipped import Skipped, TooManyUnreadable
-from videomae.data.dataset import Order, Sample
-from videomae.data.feed import OnDevice, feed
-from videomae.data.loader import NO_EFFORT, Loader
+from kernels.launch import check
+from train.log import RunLog
+from train.loop import command
+from train.memory import Workload
+from train.objective import PretrainObjective
+from train.optim import PRECISIONS
+from train.picture import draw_reconstruction, reconstruct
+from train.plan import workload
+from train.recipes import PRETRAIN, PretrainConfig, build
+from train.run import Run, check_reader, demo_list, warn_of
+from train.verb import Verb
+from videomae.data import storage
+from videomae.data.dataset import Order, Sample, VideoList, find_videos
+from videomae.data.feed import OnDevice
+from videomae.data.readers import ClipReader
+from videomae.model import Input, VideoMAE, size_of
 
-PROG = "python -m train.pretrain"
 _PREVIEWS = 3  # clips in the reconstruction picture
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0 done, 1 the run had to stop, 2 wrong use, 130 and 143 stopped by
-    Ctrl-C, SIGTERM."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Run the command; returns its exit code, see `train.loop.command`."""
     about = "Pre-train a VideoMAE on videos; with no argument, the demo."
-    config = _one_length(parse(arguments, PRETRAIN, "demo", prog=PROG, about=about))
-    try:
-        with user_errors(PROG):
-            run, resumed_from = prepare(config)
-        say_plan(run, resumed_from)
-        return pretrain(run)
-    except (TooManyUnreadable, TooManyNonFinite, checkpoint.Damaged, checkpoint.CannotSave) as error:
-        print(f"{PROG}: stopped: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{PROG}: stopped at once", file=sys.stderr)
-        return 128 + signal.SIGINT
+    return command(Pretraining, PRETRAIN, arguments, prog="python -m train.pretrain", about=about)
 
 
-def _one_length(config: PretrainConfig) -> PretrainConfig:
-    """--epochs on a recipe of so many steps replaces them; both flags together are refused."""
-    recipe = PRETRAIN[config.recipe]()
-    if config.epochs == recipe.epochs or config.steps is None:
-        return config
-    if config.steps != recipe.steps:
-        refuse(PROG, "give --steps or --epochs, not both")
-    return replace(config, steps=None)
+class Pretraining(Verb[PretrainConfig]):
+    """One pre-training run."""
 
+    name = "pretrain"
+    _preview: tuple[Tensor, Tensor] | None = None  # frames and mask keys of the picture's clips, on the host
 
-def pretrain(run: Run) -> int:
-    """The loop; returns the exit code."""
-    config, steps, done = run.config, run.schedule.steps, run.start
-    if done >= steps:
-        return _finish(run, done, "Already finished", [])
-    order = Order(len(run.videos), config.seed, config.data.views_per_decode)
-    skipped = Skipped(run.out / "skipped.jsonl", run.videos.paths, done)
-    log = RunLog(
-        run.out, config.log, start=done, steps=steps, max_nonfinite=config.optim.max_nonfinite, supply=run.supply
-    )
-    loader = Loader(
-        run.reader,
-        run.videos.paths,
-        _batches(run, order),
-        batch_size=max(run.plan.micro_batch, min(_PREVIEWS, len(run.videos))),
-        workers=run.workers,
-        config=config.loader,
-        known_skips=skipped.known,
-        cache=run.cache,
-    )
-    engine = make_engine(config.engine, run.objective, run.updater)
-    with stop_signals() as stop, log, loader, feed(loader, run.device, log.say) as batches:
-        preview = _keep(next(batches))
-        saved = done if done else None
-        try:
-            while done < steps and not stop:
-                report = _step(run, engine, done, batches, skipped, log, stop)
-                if report is None:
-                    break
-                done += 1
-                log.push(done, **report)
-                if done % config.checkpoint.every == 0 or done == steps:
-                    log.flush()
-                    _save(run, done)
-                    saved = done
-                if done % config.log.picture_every == 0 or done == steps:
-                    _picture(run, preview, done)
-        finally:
-            # stopped by a signal, by unreadable videos, by steps that were not finite: what was learned so far is sound
-            if saved != done and not isinstance(sys.exc_info()[1], KeyboardInterrupt):
-                _save(run, done)
-                log.flush()
-    return _finish(run, done, "Finished", stop)
+    @property
+    def recipes(self) -> Mapping[str, Callable[[], PretrainConfig]]:
+        return PRETRAIN
 
+    @property
+    def input(self) -> Input:
+        return self.config.model.input
 
-def _step(
-    run: Run, engine: Engine, step: int, batches: Iterator[OnDevice], skipped: Skipped, log: RunLog, stop: list[int]
-) -> dict[str, Any] | None:
-    """One update: micro-batches forward and backward, then the optimiser. step counts from 0.
+    @property
+    def recompute(self) -> str:
+        return self.config.model.recompute
 
-    Returns what to report; None when a signal came between two micro-batches: a large step can take minutes.
-    """
-    clips = run.plan.clips
-    real, lost, ready, effort = 0, 0, 0, NO_EFFORT
-    paths: list[str] = []
-    waits: list[Callable[[], float]] = []
-    for _ in range(run.plan.accumulation):
-        if stop:
-            return None
-        batch, frames, weight, keys, waited = next(batches)
-        waits.append(waited)
-        effort, ready = effort.plus(batch.effort), ready + batch.ready
-        for skip in skipped.see(batch.samples, batch.skips, step + 1):
-            log.say(f"skipped: {skip.path}: {skip.reason}")
-        micro_real = len(batch.samples) - len(batch.skips)
-        real, lost = real + micro_real, lost + len(batch.skips)
-        paths += [run.videos.paths[sample.index] for sample in batch.samples]
-        inputs = {"frames": frames, "keys": keys}
-        if batch.skips or engine.fixed:
-            inputs["weight"] = weight
-        # the micro-batch's share of the step, as if all clips were real; corrected below when some are not
-        engine.micro_batch(inputs, micro_real / clips)
-    factor = clips / real if 0 < real < clips else 1.0
-    return {
-        "values": engine.update(step, grad_factor=factor, skip=real == 0),
-        "lr": run.schedule.at(step),
-        "clips": clips,
-        "skipped": lost,
-        "waited": lambda: sum(wait() for wait in waits),
-        "effort": effort,
-        "ready": ready / run.plan.accumulation,
-        "paths": paths,
-    }
-
-
-def _batches(run: Run, order: Order) -> Iterator[list[Sample]]:
-    """First the clips of the picture, then every micro-batch of the run from where it starts."""
-    views = run.config.data.views_per_decode
-    yield [order.samples(i * views, 1)[0] for i in range(min(_PREVIEWS, len(run.videos)))]
-    micro = run.plan.micro_batch
-    for k in range(run.start * run.plan.accumulation, run.schedule.steps * run.plan.accumulation):
-        yield order.samples(k * micro, micro)
-
-
-def _keep(batch: OnDevice) -> tuple[Tensor, Tensor]:
-    """Frames and mask keys of the readable clips, copied out of the feed's memory to the host's."""
-    readable = batch.weight > 0
-    return batch.frames[readable].cpu(), batch.keys[readable].cpu()
-
-
-@torch.no_grad()
-def _picture(run: Run, preview: tuple[Tensor, Tensor], done: int) -> None:
-    frames, keys = preview
-    if len(frames) == 0:
-        return
-    config, input = run.config, run.model.input
-    mask = run.objective.mask(keys)
-    run.model.eval()
-    pred = run.objective.predict(frames.to(run.device), mask.to(run.device)).cpu()
-    run.model.train()
-    made = reconstruct(pred, frames, mask, input, normalized=config.target.normalize)
-    ratio = mask.masked.shape[1] / mask.num_cubes
-    title = f"{config.recipe}, step {done}: clips of the training set, {config.mask.kind} mask"
-    sheet = draw_reconstruction(made, input, ratio, normalized=config.target.normalize, title=title)
-    (run.out / "samples").mkdir(exist_ok=True)
-    sheet.save(run.out / "samples" / f"step_{done:07d}.png")
-
-
-def _save(run: Run, done: int) -> None:
-    checkpoint.save(run.out / "checkpoints", done, run.model, run.state(), keep=run.config.checkpoint.keep)
-
-
-def _finish(run: Run, done: int, how: str, stop: list[int]) -> int:
-    if how == "Finished":
-        draw_curves(run.out / "metrics.jsonl", run.out / "curves.png")
-    if done < run.schedule.steps:
-        print(
-            f"\nStopped at step {done} of {run.schedule.steps}, checkpoint saved. The same command goes on from there."
+    def find_videos(self) -> VideoList:
+        data, stride = self.config.data, self.config.sampling.stride
+        if data.path is None:
+            check(
+                self.config.recipe == "demo",
+                f"recipe {self.config.recipe} needs --data: a folder of videos, or a list file",
+            )
+            return find_videos(demo_list())
+        storage.configure(data.cache_of(data.path))
+        videos = find_videos(data.path)
+        warn_of(videos)
+        check(
+            stride % videos.step == 0,
+            f"{data.path} holds frames 0, {videos.step}, {2 * videos.step}, ... only: --sampling.stride must be a "
+            f"multiple of {videos.step}, not {stride}",
         )
-        return 128 + stop[0]
-    pictures = sorted((run.out / "samples").glob("*.png"))
-    print(f"\n{how}: {done} steps, {done * run.plan.clips:,} clips.")
-    print(f"  checkpoint      {run.out / 'checkpoints' / f'step_{done}'}")
-    print(f"  curves          {run.out / 'curves.png'}  (or: tensorboard --logdir {run.out / 'tensorboard'})")
-    if pictures:
-        print(f"  reconstruction  {pictures[-1]}")
-    return 0
+        check_reader(data, videos)
+        return videos
+
+    def sequences(self) -> dict[str, tuple[int, int]]:
+        size, counts = size_of(self.config.model.size), self.config.counts
+        return {
+            "encoder": (counts.visible, size.width // size.heads),
+            "decoder": (counts.visible + counts.decoded, size.decoder_width // size.decoder_heads),
+        }
+
+    def build(self) -> VideoMAE:
+        return build(self.config.model)
+
+    def initialize(self, model: nn.Module) -> None: ...
+
+    def workload(self, num_parameters: int, precision: str, device_type: str) -> Workload:
+        return workload(self.config, num_parameters, precision, device_type)
+
+    def objective(self, model: nn.Module, precision: str) -> PretrainObjective:
+        config = self.config
+        assert isinstance(model, VideoMAE)
+        return PretrainObjective(
+            model,
+            mask_kind=config.mask.kind,
+            mask_ratio=config.mask.ratio,
+            decoder_mask=config.decoder_mask,
+            decoder_ratio=config.decoder_ratio,
+            normalize=config.target.normalize,
+            autocast=PRECISIONS[precision],
+        )
+
+    def reader(self) -> ClipReader:
+        config = self.config
+        return ClipReader(
+            config.model.frames,
+            config.model.input.size,
+            config.sampling.stride,
+            config.augment,
+            config.seed,
+            views=config.data.views_per_decode,
+            windows=config.data.windows,
+            decoder=config.data.decoder,
+        )
+
+    def describe(self, run: Run) -> list[str]:
+        config, model = self.config, self.config.model
+        millions = sum(p.numel() for p in run.model.parameters()) / 1e6
+        height, width = model.input.size
+        counts = config.counts
+        hides = f"{config.mask.kind} mask hides {counts.masked} of {model.input.num_cubes} cubes"
+        if config.decoder_mask != "none":
+            hides += f"; {config.decoder_mask} leaves {counts.predicted} of them to predict"
+        return [
+            f"model     {model.size}, decoder depth {model.decoder_depth}: {millions:.1f} M parameters",
+            f"clip      {model.frames} x {height} x {width}, stride {config.sampling.stride}; {hides}",
+        ]
+
+    def first(self, run: Run) -> list[Sample]:
+        views = self.config.data.views_per_decode
+        order = Order(len(run.videos), self.config.seed, views)
+        return [order.samples(i * views, 1)[0] for i in range(min(_PREVIEWS, len(run.videos)))]
+
+    def keep(self, batch: OnDevice) -> None:
+        readable = batch.weight > 0
+        self._preview = batch.frames[readable].cpu(), batch.keys[readable].cpu()
+
+    def inputs(self, run: Run, batch: OnDevice, step: int) -> dict[str, Tensor]:
+        return {"frames": batch.frames, "keys": batch.keys}
+
+    def after_step(self, run: Run, log: RunLog, done: int) -> None:
+        if done % self.config.log.picture_every == 0 or done == run.schedule.steps:
+            with log.pause():
+                self._picture(run, done)
+
+    @torch.no_grad()
+    def _picture(self, run: Run, done: int) -> None:
+        assert self._preview is not None
+        frames, keys = self._preview
+        if len(frames) == 0:
+            return
+        config, objective = self.config, run.objective
+        assert isinstance(objective, PretrainObjective)
+        mask = objective.mask(keys)
+        run.model.eval()
+        pred = objective.predict(frames.to(run.device), mask.to(run.device)).cpu()
+        run.model.train()
+        made = reconstruct(pred, frames, mask, self.input, normalized=config.target.normalize)
+        ratio = mask.masked.shape[1] / mask.num_cubes
+        title = f"{config.recipe}, step {done}: clips of the training set, {config.mask.kind} mask"
+        sheet = draw_reconstruction(made, self.input, ratio, normalized=config.target.normalize, title=title)
+        (run.out / "samples").mkdir(exist_ok=True)
+        sheet.save(run.out / "samples" / f"step_{done:07d}.png")
+
+    def results(self, run: Run, checkpoint: Path) -> list[str]:
+        pictures = sorted((run.out / "samples").glob("*.png"))
+        return [f"reconstruction  {pictures[-1]}"] if pictures else []
 
 
 if __name__ == "__main__":

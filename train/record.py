@@ -22,7 +22,7 @@ def write_config(out: Path, config: dict[str, Any], facts: dict[str, Any], *, re
     """Write out/config.json, or add to its `resumed` list when the run goes on."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "config.json"
-    part = {"command": sys.argv, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "plan": facts, **_surroundings()}
+    part = {"command": sys.argv, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "plan": facts, **surroundings()}
     if resumed_at is not None and path.exists():
         written = json.loads(path.read_text())
         written.setdefault("resumed", []).append({"step": resumed_at, "config": config, **part})
@@ -41,7 +41,8 @@ def move_aside(out: Path) -> None:
         print(f"the run in {out} was moved to {free}", file=sys.stderr)
 
 
-def _surroundings() -> dict[str, Any]:
+def surroundings() -> dict[str, Any]:
+    """Versions, commit and machine."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

@@ -1,17 +1,24 @@
 """VideoMAE: masked autoencoders for video. Models, masks and weights; `train` holds the commands."""
 
+from importlib import import_module
+
 from videomae import masking
 from videomae.classifier import classifier
 from videomae.model import encoder, pretrain_model
 
 __version__ = "0.1.0"
-__all__ = ["classifier", "encoder", "load_weights", "masking", "pretrain_model"]
+__all__ = ["classifier", "encoder", "load_weights", "masking", "model_from", "pretrain_model", "video_features"]
+
+# not imported above: python -m videomae.weights would find itself imported already, and warn; and models shall do
+# without the packages that read videos
+_WHERE = {
+    "load_weights": "videomae.weights",
+    "model_from": "videomae.weights",
+    "video_features": "videomae.features",
+}
 
 
 def __getattr__(name: str) -> object:
-    # not imported above: python -m videomae.weights would find itself imported already, and warn
-    if name == "load_weights":
-        from videomae.weights import load_weights
-
-        return load_weights
+    if name in _WHERE:
+        return getattr(import_module(_WHERE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

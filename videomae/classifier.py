@@ -9,7 +9,12 @@ from videomae.model import Encoder, Input, Size, size_of
 
 
 class Classifier(Encoder):
-    """`model(frames)` gives logits [B, num_classes]. No final norm before the pooling: fc_norm takes its place."""
+    """`model(frames)` gives logits [B, num_classes]. No final norm before the pooling: fc_norm takes its place.
+
+    classes: the names by label, where they are known; saved and loaded with the weights.
+    """
+
+    classes: tuple[str, ...] | None = None
 
     def __init__(
         self,
@@ -32,7 +37,11 @@ class Classifier(Encoder):
 
     def forward(self, frames: Tensor) -> Tensor:  # type: ignore[override]
         """Logits [B, num_classes] of frames [B, T, H, W, 3], uint8 or floating point and already normalised."""
-        pooled = self.blocks(self.embed(frames)).mean(dim=1)
+        return self.classify(self.embed(frames))
+
+    def classify(self, tokens: Tensor) -> Tensor:
+        """Logits [B, num_classes] of what `embed` gives, [B, N, D]: training may mix clips in between."""
+        pooled = self.blocks(tokens).mean(dim=1)
         return self.head(self.fc_dropout(self.fc_norm(pooled)))
 
 

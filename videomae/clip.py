@@ -9,6 +9,7 @@ then column: token index = (t * H' + h) * W' + w.
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn import functional
 
 from kernels.cubes import cut
 from kernels.launch import check, check_frames
@@ -31,6 +32,25 @@ def sinusoid_positions(num_cubes: int, width: int) -> Tensor:
     places = torch.arange(num_cubes, dtype=torch.float64)
     angles = places[:, None] / 10000 ** (2 * (channels // 2) / width)
     return torch.where(channels % 2 == 0, angles.sin(), angles.cos()).float()
+
+
+def interpolated_positions(old_grid: tuple[int, int, int], new_grid: tuple[int, int, int], width: int) -> Tensor:
+    """The old grid's position table resized to the new grid, float32 [N, width], computed in float64 (RECIPES A.11).
+
+    Bicubic in every time slot, then linear along time, both without aligned corners; grids that are equal give the
+    table of `sinusoid_positions` itself.
+    """
+    (slots, rows, columns), new_size = old_grid, new_grid[1:]
+    table = sinusoid_positions(slots * rows * columns, width)
+    if (rows, columns) != new_size:
+        images = rearrange(table.double(), "(t h w) d -> t d h w", t=slots, h=rows)
+        images = functional.interpolate(images, new_size, mode="bicubic", align_corners=False)
+        table = rearrange(images, "t d h w -> (t h w) d")
+    if slots != new_grid[0]:
+        lines = rearrange(table.double(), "(t n) d -> n d t", t=slots)
+        lines = functional.interpolate(lines, new_grid[0], mode="linear", align_corners=False)
+        table = rearrange(lines, "n d t -> (t n) d")
+    return table.float().contiguous()
 
 
 def to_cubes(frames: Tensor, cube: tuple[int, int, int]) -> Tensor:

@@ -128,8 +128,8 @@ def stated_in(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Sta
             not classifies or config.get("use_mean_pooling", True),
             "config.json has use_mean_pooling false: that classifier reads the first token, ours the mean of all",
         )
-        rows, columns = _pair(config.get("patch_size", 16))
-        mean, std = _normalization(preprocessor, config.get("num_channels", 3))
+        rows, columns = pair_of(config.get("patch_size", 16))
+        mean, std = normalization_in(preprocessor, config.get("num_channels", 3))
         width, heads = int(config.get("hidden_size", 768)), int(config.get("num_attention_heads", 12))
         # the published ViT-S configs say so; the official weights are of 6 (RECIPES A.12)
         is_wrong = (width, heads) == (SIZES["vit_small"].width, 16)
@@ -141,22 +141,39 @@ def stated_in(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Sta
             decoder_width=int(config.get("decoder_hidden_size", 384)),
             decoder_heads=int(config.get("decoder_num_attention_heads", 6)),
             frames=int(config.get("num_frames", 16)),
-            image_size=_pair(config.get("image_size", 224)),
+            image_size=pair_of(config.get("image_size", 224)),
             cube=(int(config.get("tubelet_size", 2)), rows, columns),
             mean=mean,
             std=std,
+            classes=_classes_in(config.get("id2label")),
             notes=(note,) if is_wrong else (),
         )
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise ValueError(f"config.json or preprocessor_config.json is ill-formed: {error}") from error
 
 
-def _pair(value: Any) -> tuple[int, int]:
+def _classes_in(names: Any) -> tuple[str, ...] | None:
+    """The classes' names by label; None where there are none, or only the LABEL_0, LABEL_1 that stand for none."""
+    if not names:
+        return None
+    by_label = {int(label): str(name) for label, name in names.items()}
+    wanted = range(len(by_label))
+    check(sorted(by_label) == list(wanted), f"config.json must name the labels 0 to {len(by_label) - 1} in id2label")
+    classes = tuple(by_label[label] for label in wanted)
+    return None if classes == _no_names(len(classes)) else classes
+
+
+def _no_names(num_classes: int) -> tuple[str, ...]:
+    return tuple(f"LABEL_{label}" for label in range(num_classes))
+
+
+def pair_of(value: Any) -> tuple[int, int]:
+    """Height and width, of a config that gives both or one for both."""
     height, width = (value, value) if isinstance(value, int) else value
     return int(height), int(width)
 
 
-def _normalization(preprocessor: Mapping[str, Any], channels: int) -> tuple[Any, Any]:
+def normalization_in(preprocessor: Mapping[str, Any], channels: int) -> tuple[Any, Any]:
     """Mean and std on pixels scaled to [0, 1], or None and None where nothing is said."""
     if "image_mean" not in preprocessor or "image_std" not in preprocessor:
         return None, None
@@ -171,7 +188,14 @@ def _normalization(preprocessor: Mapping[str, Any], channels: int) -> tuple[Any,
 
 
 def config_of(
-    size: Size, input: Input, kind: str, *, decoder_depth: int, num_classes: int, final_norm: bool
+    size: Size,
+    input: Input,
+    kind: str,
+    *,
+    decoder_depth: int,
+    num_classes: int,
+    final_norm: bool,
+    classes: tuple[str, ...] | None = None,
 ) -> dict[str, Any]:
     """The object of config.json. kind: "pretrain", "classifier" or "encoder". ValueError unless cubes are square."""
     slots, rows, columns = input.cube
@@ -207,8 +231,9 @@ def config_of(
         "dtype": "float32",
     }
     if kind == "classifier":
-        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(num_classes)}
-        config["label2id"] = {f"LABEL_{i}": i for i in range(num_classes)}
+        names = classes or _no_names(num_classes)
+        config["id2label"] = {str(label): name for label, name in enumerate(names)}
+        config["label2id"] = {name: label for label, name in enumerate(names)}
     return config
 
 

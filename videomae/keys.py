@@ -2,8 +2,10 @@
 
 The mixing function is SplitMix64's (Steele, Lea and Flood, 2014), on 64-bit integers: the same on every device, batch
 split and process count, and with every library version. A key is an int64; `Draws` turns one into a sequence of
-integers.
+numbers.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -50,7 +52,7 @@ def keys(*numbers: int | Tensor) -> Tensor:
 
 
 class Draws:
-    """A sequence of integers that is a pure function of its key."""
+    """A sequence of numbers that is a pure function of its key."""
 
     def __init__(self, *numbers: int) -> None:
         self._key = key(*numbers)
@@ -60,3 +62,12 @@ class Draws:
         """The next integer, uniform in [0, n)."""
         self._count += 1
         return (key(self._key, self._count) & _MASK) % n
+
+    def uniform(self) -> float:
+        """The next number, uniform in [0, 1), of 53 bits."""
+        return self.below(1 << 53) / (1 << 53)
+
+    def normal(self) -> float:
+        """The next number of mean 0 and deviation 1 (Box and Muller, 1958)."""
+        radius = math.sqrt(-2 * math.log(1 - self.uniform()))
+        return radius * math.cos(2 * math.pi * self.uniform())

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import kernels
 from kernels.launch import IMAGENET_MEAN, IMAGENET_STD, check
 from videomae.blocks import Blocks, LayerNorm
-from videomae.clip import grid_of, sinusoid_positions
+from videomae.clip import grid_of, interpolated_positions, sinusoid_positions
+from videomae.data.sampling import Sampling
 from videomae.masking import Mask
 
 
@@ -29,7 +30,9 @@ class Size:
 
 
 SIZES = {
-    "vit_tiny": Size(64, 2, 4, 64, 4),  # this project's own, for the demo on a CPU
+    # this project's own: for tests, and for the demo on a CPU
+    "vit_tiny": Size(64, 2, 4, 64, 4),
+    "vit_mini": Size(96, 4, 4, 48, 4),
     "vit_small": Size(384, 12, 6, 192, 3),
     "vit_base": Size(768, 12, 12, 384, 6),
     "vit_large": Size(1024, 24, 16, 512, 8),
@@ -40,13 +43,19 @@ SIZES = {
 @dataclass(frozen=True)
 class Input:
     """What a model takes: clips of this many frames and pixels, cut into cubes, normalised with mean and std on [0,
-    1]."""
+    1].
+
+    sampling: how a clip's frames were chosen when the model was trained; None where that is not known.
+    positions_of: the grid whose position table is interpolated to this one; None for this grid's own table.
+    """
 
     frames: int = 16
     image_size: int | tuple[int, int] = 224
     cube: tuple[int, int, int] = (2, 16, 16)
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    sampling: Sampling | None = None
+    positions_of: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         check(len(self.cube) == 3, f"a cube is (frames, height, width); got {self.cube}")
@@ -54,8 +63,14 @@ class Input:
         # lists, as json and command lines give them, would not hash
         object.__setattr__(self, "cube", tuple(self.cube))
         if not isinstance(self.image_size, int):
-            object.__setattr__(self, "image_size", tuple(self.image_size))
-        _ = self.grid  # refuses sizes that the cube does not divide
+            height, width = self.image_size
+            # a square has one spelling, so that equal inputs compare equal
+            object.__setattr__(self, "image_size", height if height == width else (height, width))
+        grid = self.grid  # refuses sizes that the cube does not divide
+        if self.positions_of is not None:
+            old = tuple(self.positions_of)
+            check(len(old) == 3 and min(old) >= 1, f"positions_of must be a grid of three positive numbers; got {old}")
+            object.__setattr__(self, "positions_of", None if old == grid else old)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -70,6 +85,12 @@ class Input:
     def num_cubes(self) -> int:
         slots, rows, columns = self.grid
         return slots * rows * columns
+
+    def positions(self, width: int) -> Tensor:
+        """The position table of tokens of this width, float32 [N, width]: fixed, never trained."""
+        if self.positions_of is None:
+            return sinusoid_positions(self.num_cubes, width)
+        return interpolated_positions(self.positions_of, self.grid, width)
 
     @property
     def cube_values(self) -> int:
@@ -98,7 +119,7 @@ class Encoder(nn.Module):
         self.blocks = Blocks(size.width, size.depth, size.heads, drop_path)
         self.norm = LayerNorm(size.width) if final_norm else None
         # not in the state dict: fixed, and absent from every published file
-        self.register_buffer("positions", sinusoid_positions(input.num_cubes, size.width), persistent=False)
+        self.register_buffer("positions", input.positions(size.width), persistent=False)
         self.blocks.apply(_init_linear_xavier)
 
     def embed(self, frames: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -153,8 +174,7 @@ class VideoMAE(nn.Module):
         self.encoder_to_decoder = nn.Linear(size.width, size.decoder_width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, size.decoder_width))
         self.decoder = Decoder(size, decoder_depth, input.cube_values)
-        positions = sinusoid_positions(input.num_cubes, size.decoder_width)
-        self.register_buffer("decoder_positions", positions, persistent=False)
+        self.register_buffer("decoder_positions", input.positions(size.decoder_width), persistent=False)
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def forward(self, frames: Tensor, mask: Mask) -> Tensor:

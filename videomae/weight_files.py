@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kernels.launch import check
+from videomae.data.sampling import Sampling
 
 # what official files hold beside tensors: the command line, and numpy.float64 learning rates in the optimizer's groups,
 # under the names that numpy 1 and numpy 2 pickle them with
@@ -66,6 +67,9 @@ class Stated:
     cube: tuple[int, int, int] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    classes: tuple[str, ...] | None = None
+    sampling: Sampling | None = None
+    positions_of: tuple[int, int, int] | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -129,13 +133,13 @@ def _files_in(folder: Path, source: str) -> list[Path]:
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Config and preprocessor of a Hugging Face folder, or of a file in one; both empty elsewhere."""
+    """Config and preprocessor of a Hugging Face or timm folder, or of a file in one; both empty elsewhere."""
     if path.is_file() and path.name not in (_SAFETENSORS, _BIN):
         return {}, {}
     folder = path if path.is_dir() else path.parent
     config = _read_json(folder / "config.json")
-    # a run folder of ours has a config.json too, without a model_type
-    if "model_type" not in config:
+    # a run folder of ours has a config.json too, with neither Hugging Face's model_type nor timm's pretrained_cfg
+    if not {"model_type", "pretrained_cfg"} & set(config):
         return {}, {}
     preprocessors = (_read_json(folder / name) for name in _PREPROCESSORS)
     return config, next((found for found in preprocessors if found), {})

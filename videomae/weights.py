@@ -1,17 +1,18 @@
-"""Weights in and out: official V1 and V2 files, Hugging Face's, and our own.
+"""Weights in and out: official V1 and V2 files, Hugging Face's, image transformers', and our own.
 
+    python -m videomae.weights IN                          # what it is
     python -m videomae.weights IN OUT --to hf|official
 
-Parameter names are the official ones, so an official file needs no translation; `hugging_face.py` translates the other.
-Our own file is safetensors under official names, with everything that building the model takes in its metadata.
+Parameter names are the official ones, so an official file needs no translation; `hugging_face.py` and
+`image_weights.py` translate the others. Our own file is safetensors under official names, with everything that building
+the model takes in its metadata (`metadata.py`).
 """
 
 import argparse
 import json
-import re
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,34 +22,32 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kernels.launch import check
-from videomae import hugging_face
+from videomae import hugging_face, image_weights, metadata
 from videomae.classifier import Classifier
+from videomae.inputs import POSITIONS, Positions, adopt, choose_positions, set_normalization, set_positions
 from videomae.model import SIZES, Encoder, Input, Size, VideoMAE
 from videomae.weight_files import Stated, Stored, read, write_atomically
+from videomae.weight_names import NOT_ALWAYS, Known, bare, depth_of, listing, match
 
-VERSION = "1"  # of our own files
-_OURS = "videomae"  # their metadata's format
-_DECODER = ("decoder.", "mask_token", "encoder_to_decoder.")
-_HEAD = ("fc_norm.", "head.")
-_NOT_ALWAYS = (*_DECODER, *_HEAD, "norm.")  # what one kind of model has and another has not
-# names that no file should hold beside what the model takes: ignoring them would change what is computed
-_TRANSFORMER = re.compile(r"(decoder\.)?(blocks\.\d+|patch_embed|pos_embed)(\.|$)|videomae\.|embeddings\.|encoder\.")
-
-
-@dataclass(frozen=True)
-class _Known:
-    """A source that has been understood: its tensors under official names, and what it says of its model."""
-
-    format: str
-    source: str
-    tensors: dict[str, Tensor]
-    stated: Stated
+__all__ = [
+    "Report",
+    "load_weights",
+    "model_from",
+    "save_hugging_face",
+    "save_official",
+    "save_weights",
+    "set_normalization",
+]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `load_weights` did. format: "official", "hugging face" or "videomae". used, fresh: names in the model,
-    fresh ones left as they were. ignored: official names of what the file held besides. messages: what else to know."""
+    """What `load_weights` did.
+
+    format: "official", "hugging face" or "videomae", for clips; "image (timm)" or "image (hugging face)".
+    used, fresh: names in the model, fresh ones left as they were. ignored: official names of what the file held
+    besides. messages: what else to know.
+    """
 
     format: str
     source: str
@@ -59,56 +58,63 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {self.format} weights, {len(self.used)} tensors used"]
-        lines += [f"  ignored: {_listing(self.ignored)}"] if self.ignored else []
-        lines += [f"  fresh: {_listing(self.fresh)}"] if self.fresh else []
+        lines += [f"  ignored: {listing(self.ignored)}"] if self.ignored else []
+        lines += [f"  fresh: {listing(self.fresh)}"] if self.fresh else []
         return "\n".join(lines + [f"  {message}" for message in self.messages])
 
 
-def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any]) -> Report:
+def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any], *, positions: Positions = "fresh") -> Report:
     """Load a VideoMAE, Encoder or Classifier in place: everything that belongs to it, or nothing and a ValueError.
 
     source: a file, a folder (Hugging Face's, ours, DeepSpeed's), a Hugging Face hub id, or a dict of tensors, bare or
     under "model" or "module". A pre-training file gives an encoder its norm, and a classifier all but fc_norm and head;
     a fine-tuning file has no norm for an encoder, whose own stays. A head of another number of classes is left fresh.
-    The normalisation that the file states, if any, becomes the model's.
+    The normalisation that the file states, if any, becomes the model's; so do its sampling and its classes' names where
+    the model has none. An image transformer gives its blocks and its kernel, spread over the cube's frames.
+    positions: what a model of another grid gets, "fresh" its own table, "interpolate" the table of the file's grid,
+    resized; a file without frames and image size counts as 16 and 224.
     """
-    return _load(_checked(model), _identify(read(source)))
+    check(positions in POSITIONS, f"positions must be one of {', '.join(POSITIONS)}; got {positions!r}")
+    return _load(_checked(model), _identify(read(source)), positions)
 
 
 def model_from(source: str | Path | Mapping[str, Any]) -> tuple[VideoMAE | Encoder | Classifier, Report]:
     """The model that the file is of, its sizes read from tensors, config and metadata, and the report of loading it.
 
-    Sources and errors as `load_weights`. Frames and image size are 16 and 224 where the file does not say.
+    Sources and errors as `load_weights`. Frames and image size are 16 and 224 where the file does not say; an image
+    transformer becomes an Encoder, its cubes of two frames.
     """
     known = _identify(read(source))
     model = _build(known)
-    return model, _load(model, known)
+    return model, _load(model, known, "fresh")
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
     """Write our own single file, atomically: official names, and in the metadata all that `model_from` needs."""
     kind, encoder = _parts(model)
-    input = encoder.input
-    metadata = {"format": _OURS, "version": VERSION, "kind": kind}
-    stated: dict[str, Any] = {"size": asdict(encoder.size), "frames": input.frames, "image_size": input.size}
-    stated |= {"cube": input.cube, "mean": input.mean, "std": input.std}
-    if isinstance(model, VideoMAE):
-        stated["decoder_depth"] = len(model.decoder.blocks)
-    metadata |= {name: json.dumps(value) for name, value in stated.items()}
+    depth = len(model.decoder.blocks) if isinstance(model, VideoMAE) else None
+    stated = metadata.metadata_of(kind, encoder.size, encoder.input, decoder_depth=depth, classes=_classes_of(model))
     tensors = _tensors_of(model)
-    write_atomically(Path(path), lambda file: save_file(tensors, file, metadata))
+    write_atomically(Path(path), lambda file: save_file(tensors, file, stated))
 
 
 def save_official(model: nn.Module, path: str | Path) -> None:
-    """Write {"model": state dict} as the official code does; heads, frames and normalisation are not in such a file."""
-    _parts(model)
+    """Write {"model": state dict} as the official code does; heads, frames and normalisation are not in such a file.
+
+    ValueError where positions are interpolated: the official code would compute its own.
+    """
+    _check_positions(_parts(model)[1].input)
     tensors = _tensors_of(model)
     write_atomically(Path(path), lambda file: torch.save({"model": tensors}, file))
 
 
 def save_hugging_face(model: nn.Module, folder: str | Path) -> None:
-    """Write a folder for transformers: model.safetensors and two configs; ValueError unless cubes are square."""
+    """Write a folder for transformers: model.safetensors and two configs.
+
+    ValueError unless cubes are square, and where positions are interpolated: transformers would compute its own.
+    """
     kind, encoder = _parts(model)
+    _check_positions(encoder.input)
     folder = Path(folder)
     check(not folder.is_file(), f"the Hugging Face format is a folder; {folder} is a file")
     config = hugging_face.config_of(
@@ -118,6 +124,7 @@ def save_hugging_face(model: nn.Module, folder: str | Path) -> None:
         decoder_depth=len(model.decoder.blocks) if isinstance(model, VideoMAE) else 4,
         num_classes=model.head.out_features if isinstance(model, Classifier) else 0,
         final_norm=encoder.norm is not None,
+        classes=_classes_of(model),
     )
     tensors = {name: tensor.contiguous() for name, tensor in hugging_face.from_official(_tensors_of(model)).items()}
     objects = {"config.json": config, "preprocessor_config.json": hugging_face.preprocessor_of(encoder.input)}
@@ -130,15 +137,20 @@ def _write_json(value: object, path: Path) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def set_normalization(model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-    """Make mean and std, on pixels scaled to [0, 1], those of the model and of the encoder in it."""
-    for module in model.modules():
-        if isinstance(module, VideoMAE | Encoder):
-            channels = len(module.input.mean)
-            check(
-                len(mean) == len(std) == channels, f"mean and std must have {channels} channels; got {mean} and {std}"
-            )
-            module.input = replace(module.input, mean=mean, std=std)
+def _check_positions(input: Input) -> None:
+    check(
+        input.positions_of is None,
+        f"this model's positions are interpolated from those of {input.positions_of} cubes, which only our own format "
+        "can say (save_weights)",
+    )
+
+
+def _classes_of(model: nn.Module) -> tuple[str, ...] | None:
+    if not isinstance(model, Classifier) or model.classes is None:
+        return None
+    wanted = model.head.out_features
+    check(len(model.classes) == wanted, f"classes must name all {wanted} classes; got {len(model.classes)} names")
+    return tuple(model.classes)
 
 
 def _checked(model: nn.Module) -> VideoMAE | Encoder:
@@ -159,45 +171,27 @@ def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
 
 
-def _identify(stored: Stored) -> _Known:
-    if stored.metadata.get("format") == _OURS:
-        return _Known("videomae", stored.source, stored.tensors, _stated_in(stored.metadata, stored.source))
+def _identify(stored: Stored) -> Known:
+    if metadata.is_ours(stored.metadata):
+        return Known("videomae", stored.source, stored.tensors, metadata.stated_in(stored.metadata, stored.source))
+    if image_weights.is_image(stored.tensors):
+        found = image_weights.to_official(stored.tensors, stored.source)
+        stated = image_weights.stated_in(stored.config, stored.preprocessor)
+        return Known(found.format, stored.source, found.tensors, stated, found.dropped)
     if hugging_face.is_hugging_face(list(stored.tensors)):
         stated = hugging_face.stated_in(stored.config, stored.preprocessor)
-        return _Known("hugging face", stored.source, hugging_face.to_official(stored.tensors), stated)
-    return _Known("official", stored.source, stored.tensors, Stated())
+        return Known("hugging face", stored.source, hugging_face.to_official(stored.tensors), stated)
+    return Known("official", stored.source, stored.tensors, Stated())
 
 
-def _stated_in(metadata: Mapping[str, str], source: str) -> Stated:
-    version = metadata.get("version")
-    check(version == VERSION, f"{source} is of format version {version}; this code reads version {VERSION}")
-    try:
-        size = Size(**json.loads(metadata["size"]))
-        height, width = json.loads(metadata["image_size"])
-        slots, rows, columns = json.loads(metadata["cube"])
-        return Stated(
-            width=size.width,
-            depth=size.depth,
-            heads=size.heads,
-            decoder_width=size.decoder_width,
-            decoder_heads=size.decoder_heads,
-            frames=json.loads(metadata["frames"]),
-            image_size=(height, width),
-            cube=(slots, rows, columns),
-            mean=tuple(json.loads(metadata["mean"])),
-            std=tuple(json.loads(metadata["std"])),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{source} has metadata that is missing or ill-formed: {error!r}") from error
-
-
-def _build(known: _Known) -> VideoMAE | Encoder | Classifier:
+def _build(known: Known) -> VideoMAE | Encoder | Classifier:
     """A model of the tensors' sizes, its weights still its own."""
-    tensors, stated = {_short(name): tensor for name, tensor in known.tensors.items()}, known.stated
+    tensors, stated = {bare(name): tensor for name, tensor in known.tensors.items()}, known.stated
     projection = tensors.get("patch_embed.proj.weight")
-    if projection is None or projection.ndim != 5:
+    if projection is None or projection.ndim != (4 if known.is_image else 5):
         raise ValueError(f"{known.source} is no VideoMAE: it has no patch_embed.proj.weight of five axes")
-    width, _, slots, rows, columns = projection.shape
+    width, _, *sides = projection.shape
+    slots, rows, columns = [2, *sides] if known.is_image else sides
     row = next((size for size in SIZES.values() if size.width == width), None)
     heads = stated.heads or (row.heads if row else 0)
     if not heads:
@@ -209,38 +203,71 @@ def _build(known: _Known) -> VideoMAE | Encoder | Classifier:
     # V2's huge has the decoder of V1's large
     usual = {size.decoder_width: size.decoder_heads for size in SIZES.values()}
     decoder_heads = stated.decoder_heads or usual.get(decoder_width) or max(decoder_width // 64, 1)
-    size = Size(width, _depth(tensors, "blocks"), heads, decoder_width, decoder_heads)
+    size = Size(width, depth_of(tensors, "blocks"), heads, decoder_width, decoder_heads)
     input = Input(stated.frames or 16, stated.image_size or 224, (slots, rows, columns))
     if token is not None:
-        return VideoMAE(size, input, decoder_depth=_depth(tensors, "decoder.blocks"))
+        return VideoMAE(size, input, decoder_depth=depth_of(tensors, "decoder.blocks"))
     if "head.weight" in tensors:
         return Classifier(size, input, num_classes=tensors["head.weight"].shape[:1].numel())
     return Encoder(size, input, final_norm="norm.weight" in tensors)
 
 
-def _load(model: VideoMAE | Encoder, known: _Known) -> Report:
+def _load(model: VideoMAE | Encoder, known: Known, positions: Positions) -> Report:
     stated = known.stated
     messages = [*stated.notes, *_compare(model, known)]
-    used, ignored, fresh = _match(model, known)
-    unknown = [name for name in ignored if not _short(name).startswith(_NOT_ALWAYS)]
-    messages += [f"not known here: {_listing(unknown)}"] if unknown else []
-    if "head.weight" in ignored and "head.weight" in fresh:
-        messages.append(f"the head is fresh: the file's has {len(known.tensors['head.weight'])} classes")
+    if known.is_image:
+        known = _for_clips(model, known, positions)
+        messages.append(f"an image model: its kernel is spread over {model.input.cube[0]} frames, its head not used")
+    used, ignored, fresh = match(model, known)
+    origin, said = choose_positions(model.input, stated, positions, known.source)
+    messages += said + _remarks(model, known, used, ignored) + adopt(model, stated)
+    if stated.mean is None and known.format not in ("official", "videomae"):
+        unknown = "normalisation is not stated, there is no preprocessor_config.json"
+        messages.append(f"{unknown}: mean stays {model.input.mean} and std {model.input.std}")
+    if isinstance(model, Classifier) and "head.weight" in used:
+        messages += _name_classes(model, stated.classes)
     targets = model.state_dict()
-    casts = {(str(tensor.dtype), str(targets[name].dtype)) for name, tensor in used.items()}
-    messages += [f"{theirs} weights became {ours}" for theirs, ours in sorted(casts) if theirs != ours]
-    if stated.mean is not None and stated.std is not None:
-        set_normalization(model, stated.mean, stated.std)
-        messages.append(f"frames are normalised with the file's mean {stated.mean} and std {stated.std}")
-    elif known.format == "hugging face":
-        messages.append(f"no preprocessor_config.json: mean stays {model.input.mean} and std {model.input.std}")
     with torch.no_grad():
         for name, tensor in used.items():
             targets[name].copy_(tensor)
-    return Report(known.format, known.source, tuple(used), tuple(ignored), tuple(fresh), tuple(messages))
+    set_positions(model, origin)
+    return Report(known.format, known.source, tuple(used), (*known.dropped, *ignored), tuple(fresh), tuple(messages))
 
 
-def _compare(model: VideoMAE | Encoder, known: _Known) -> list[str]:
+def _remarks(model: nn.Module, known: Known, used: Mapping[str, Tensor], ignored: list[str]) -> list[str]:
+    """Messages about names that nobody knows, a head that is not used, and other precisions."""
+    unknown = [name for name in ignored if not bare(name).startswith(NOT_ALWAYS)]
+    messages = [f"not known here: {listing(unknown)}"] if unknown else []
+    if isinstance(model, Classifier) and "head.weight" in ignored:
+        messages.append(f"the head is fresh: the file's has {len(known.tensors['head.weight'])} classes")
+    targets = model.state_dict()
+    casts = {(str(tensor.dtype), str(targets[name].dtype)) for name, tensor in used.items()}
+    return messages + [f"{theirs} weights became {ours}" for theirs, ours in sorted(casts) if theirs != ours]
+
+
+def _for_clips(model: VideoMAE | Encoder, known: Known, positions: Positions) -> Known:
+    """An image model's tensors with a kernel for this model's cubes; ValueError where it cannot take an image model."""
+    what = f"{known.source} is an image model"
+    check(
+        not isinstance(model, VideoMAE), f"{what}, without a decoder for clips: load it into an Encoder or Classifier"
+    )
+    check(positions == "fresh", f"{what}, whose positions are not those of clips: positions must be 'fresh'")
+    return replace(known, tensors=image_weights.inflated(known.tensors, model.input.cube, known.source))
+
+
+def _name_classes(model: Classifier, classes: tuple[str, ...] | None) -> list[str]:
+    """Take over the file's names of its classes, unless the model has its own; messages about both."""
+    if classes is None:
+        return []
+    if len(classes) != model.head.out_features:
+        return [f"the file names {len(classes)} classes, not the head's {model.head.out_features}: they are not used"]
+    if model.classes is None:
+        model.classes = classes
+    is_other = tuple(model.classes) != classes
+    return ["the file's classes have other names or another order; the model keeps its own"] if is_other else []
+
+
+def _compare(model: VideoMAE | Encoder, known: Known) -> list[str]:
     """Messages about harmless differences between model and source; ValueError where they compute different things."""
     size, input, stated = _parts(model)[1].size, model.input, known.stated
     pairs: list[tuple[str, Any, Any]] = [
@@ -257,89 +284,48 @@ def _compare(model: VideoMAE | Encoder, known: _Known) -> list[str]:
     check(not wrong, f"{known.source} is of another model: it has {'; '.join(wrong)}")
     geometry = [("frames", stated.frames, input.frames), ("image size", stated.image_size, input.size)]
     return [
-        f"the file's {name}: {theirs}, the model's: {ours}, which has positions of its own"
+        f"the file's {name}: {theirs}, the model's: {ours}"
         for name, theirs, ours in geometry
         if theirs not in (None, ours)
     ]
 
 
-def _match(model: VideoMAE | Encoder, known: _Known) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """Tensors by the model's names, ignored names, fresh names; ValueError for what is missing or does not fit."""
-    targets, tensors = model.state_dict(), known.tensors
-    wanted = {_short(name): name for name in targets}
-    found = {_short(name): name for name in tensors}
-    check(len(found) == len(tensors), f"{known.source} holds an encoder's weights twice, with and without its prefix")
-    _check_depths(wanted, found, known.source)
-    optional = _optional(model, tensors)
-    used: dict[str, Tensor] = {}
-    ignored: list[str] = []
-    fresh: list[str] = []
-    faults: list[str] = []
-    for short, name in wanted.items():
-        if short.startswith(optional):
-            fresh.append(name)
-        elif short not in found:
-            faults.append(f"{name} is missing")
-        elif (shape := tensors[found[short]].shape) != targets[name].shape:
-            faults.append(f"{name} must be {tuple(targets[name].shape)}, not {tuple(shape)}")
-        else:
-            used[name] = tensors[found[short]]
-    for short, name in found.items():
-        if short in wanted and not short.startswith(optional):
-            continue
-        is_strict = isinstance(model, VideoMAE) or _TRANSFORMER.match(short)
-        if is_strict and not (short.startswith(_NOT_ALWAYS) and isinstance(model, Encoder)):
-            faults.append(f"{name} is not in the model")
-        else:
-            ignored.append(name)
-    hint = " (it is no pre-training file)" if isinstance(model, VideoMAE) and "mask_token" not in found else ""
-    check(not faults, f"{known.source}{hint} does not fit the {type(model).__name__}: {_listing(faults)}")
-    return used, ignored, fresh
-
-
-def _optional(model: VideoMAE | Encoder, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Beginnings of the names that this model, given these tensors, keeps fresh."""
-    is_finetuned = any(name.startswith(_HEAD) for name in tensors)
-    if isinstance(model, Classifier):
-        head = tensors.get("head.weight")
-        other_classes = head is not None and head.ndim == 2 and len(head) != model.head.out_features
-        return ("head.",) if other_classes else () if is_finetuned else _HEAD
-    has_norm = any(_short(name).startswith("norm.") for name in tensors)
-    return ("norm.",) if isinstance(model, Encoder) and is_finetuned and not has_norm else ()
-
-
-def _check_depths(wanted: Iterable[str], found: Iterable[str], source: str) -> None:
-    ours, theirs = _depth(wanted, "blocks"), _depth(found, "blocks")
-    check(theirs in (0, ours), f"{source} has {theirs} encoder blocks, the model {ours}")
-    ours, theirs = _depth(wanted, "decoder.blocks"), _depth(found, "decoder.blocks")
-    advice = f"build it with decoder_depth={theirs}"
-    check(0 in (ours, theirs) or ours == theirs, f"{source} has {theirs} decoder blocks, the model {ours}: {advice}")
-
-
-def _depth(names: Iterable[str], prefix: str) -> int:
-    """One more than the highest number of a block under prefix."""
-    numbers = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in names)
-    return max((int(number[1]) + 1 for number in numbers if number), default=0)
-
-
-def _short(name: str) -> str:
-    """The name as fine-tuning files have it, without the encoder's prefix."""
-    return name.removeprefix("encoder.")
-
-
-def _listing(names: Iterable[str], most: int = 8) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def describe(source: str | Path | Mapping[str, Any]) -> str:
+    """What the file is, in lines: kind and size of the model, its clips, classes and sampling."""
+    known = _identify(read(source))
+    # nothing is computed: only the sizes are wanted
+    with torch.device("meta"):
+        model = _build(known)
+    (kind, encoder), stated = _parts(model), known.stated
+    size, input = encoder.size, encoder.input
+    depth = f", decoder of {len(model.decoder.blocks)} blocks" if isinstance(model, VideoMAE) else ""
+    depth += f", {model.head.out_features} classes" if isinstance(model, Classifier) else ""
+    name = next((name for name, row in SIZES.items() if (row.width, row.heads) == (size.width, size.heads)), "own size")
+    clip = f"{input.frames} frames of {input.size[0]}x{input.size[1]} in cubes of {'x'.join(map(str, input.cube))}"
+    assumed = "" if stated.frames and stated.image_size else " (not all of it is stated in the file)"
+    sampling = stated.sampling and f"{stated.sampling.kind}, stride {stated.sampling.stride}"
+    lines = [f"{known.source}: {known.format} weights", f"  kind      {kind}{depth}"]
+    lines += [f"  size      {name}: width {size.width}, {size.depth} blocks, {size.heads} heads"]
+    lines += [f"  clip      {clip}{assumed}"]
+    if stated.positions_of:
+        lines += [f"  positions interpolated from {'x'.join(map(str, stated.positions_of))} cubes"]
+    lines += [f"  classes   {listing(stated.classes) if stated.classes else 'not stated'}"]
+    return "\n".join([*lines, f"  sampling  {sampling or 'not stated'}"])
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; 0, or 2 and one line on stderr when the input is bad."""
-    parser = argparse.ArgumentParser("videomae.weights", description="Convert weights to another format.")
+    parser = argparse.ArgumentParser("videomae.weights", description="Convert weights, or say what they are.")
     parser.add_argument("source", metavar="IN", help="a file, a folder or a Hugging Face hub id")
-    parser.add_argument("target", metavar="OUT", help="for hf a folder, for official a .pth file")
-    parser.add_argument("--to", choices=("hf", "official"), required=True)
+    parser.add_argument("target", metavar="OUT", nargs="?", help="for hf a folder, for official a .pth file")
+    parser.add_argument("--to", choices=("hf", "official"), help="the format of OUT; without both, IN is described")
     options = parser.parse_args(arguments)
+    if (options.target is None) != (options.to is None):
+        parser.error("OUT and --to go together")
     try:
+        if options.to is None:
+            print(describe(options.source))
+            return 0
         model, report = model_from(options.source)
         save = save_hugging_face if options.to == "hf" else save_official
         save(model, options.target)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import videomae
-from train.optim import Optim, Schedule, Updater, parameter_groups, resolve_precision, schedule
+from train.optim import FinetuneOptim, Optim, Schedule, Updater, parameter_groups, resolve_precision, schedule
 
 CPU = torch.device("cpu")
 
@@ -190,3 +190,56 @@ def test_float16_goes_on_from_a_run_that_did_not_scale():
     _, new = small(precision="float16")
     new.load_state_dict(old.state_dict())
     assert new.loss_scale.item() == 65536
+
+
+@pytest.mark.parametrize(
+    ("size", "decay", "rates"),
+    [
+        (
+            "vit_base",
+            0.75,
+            {"patch_embed.proj.weight": 0.023757, "blocks.0.norm1.bias": 0.031676, "blocks.11.mlp.fc2.weight": 0.75},
+        ),
+        ("vit_large", 0.75, {"patch_embed.proj.bias": 7.53e-4, "blocks.23.attn.q_bias": 0.75}),
+        ("vit_huge", 0.75, {"patch_embed.proj.weight": 7.5e-5}),
+        ("vit_small", 0.7, {"patch_embed.proj.weight": 0.009689, "blocks.0.attn.qkv.weight": 0.013841}),
+        ("vit_base", 1.0, {"patch_embed.proj.weight": 1.0}),
+    ],
+)
+def test_decays_the_rate_from_the_head_down(size, decay, rates):
+    with torch.device("meta"):
+        model = videomae.classifier(size, num_classes=3)
+    groups = parameter_groups(model, 0.05, decay)
+    found = {id(p): group for group in groups for p in group["params"]}
+    by_name = {name: found[id(p)] for name, p in model.named_parameters()}
+    assert len(found) == sum(len(group["params"]) for group in groups) == len(by_name)
+    # the multipliers of RECIPES E.1, and 1 for what comes after the blocks
+    for name, rate in rates.items():
+        assert by_name[name]["rate"] == pytest.approx(rate, rel=6e-3 if rate < 1e-3 else 3e-5)
+    for name in ("fc_norm.weight", "head.weight", "head.bias"):
+        assert by_name[name]["rate"] == 1
+    for name, parameter in model.named_parameters():
+        assert by_name[name]["weight_decay"] == (0 if parameter.ndim <= 1 else 0.05)
+
+
+def test_every_layer_moves_by_its_own_rate():
+    torch.manual_seed(0)
+    model = videomae.classifier("vit_tiny", num_classes=2, frames=2, image_size=16, cube=(2, 8, 8))
+    updater = Updater(model, FinetuneOptim(layer_decay=0.5, weight_decay=0), Schedule(0.1, 0.0, 0, 10), "float32", CPU)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    updater.set_rate(0)
+    updater.step(torch.tensor(1.0))
+    # Adam's first step is the learning rate itself; two blocks: embedding 1/8, blocks 1/4 and 1/2, the rest 1
+    for name, rate in {
+        "patch_embed.proj": 1 / 8,
+        "blocks.0.": 1 / 4,
+        "blocks.1.": 1 / 2,
+        "head": 1,
+        "fc_norm": 1,
+    }.items():
+        moved = [before[n] - p.detach() for n, p in model.named_parameters() if n.startswith(name)]
+        assert moved
+        for change in moved:
+            torch.testing.assert_close(change, torch.full_like(change, 0.1 * rate), rtol=1e-4, atol=1e-6)

@@ -13,9 +13,10 @@ import torch
 from tests.runs import assert_same, metrics, run, start, wait_for, weights
 from tests.videos import moving_frames, write_video
 from videomae.data.augment import Augment
-from videomae.data.dataset import ClipReader, Sample, find_videos
+from videomae.data.dataset import Sample, find_videos
 from videomae.data.loader import Loader, LoaderConfig
 from videomae.data.prepare import main as prepare
+from videomae.data.readers import ClipReader
 
 COUNT = 6
 

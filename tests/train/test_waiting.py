@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from train.waiting import Supply, advice
-from videomae.data.dataset import Spent
 from videomae.data.loader import Effort
+from videomae.data.readers import Spent
 
 USUAL = Spent(open=0.002, decode=0.06, crop=0.002, waited=0.0)
 SLOW = Spent(open=0.01, decode=0.05, crop=0.004, waited=0.05)

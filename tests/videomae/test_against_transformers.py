@@ -16,6 +16,7 @@ from videomae.weights import save_hugging_face
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
+LONG = pytest.mark.long
 # relative, max |a - b| / max |b|, float32: about 2e-6 is seen
 TOLERANCE = 1e-4
 
@@ -65,7 +66,7 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: weight.grad for name, weight in model.named_parameters()}
 
 
-@pytest.mark.parametrize("size", ["vit_small", pytest.param("vit_base", marks=pytest.mark.long)])
+@pytest.mark.parametrize("size", ["vit_small", pytest.param("vit_base", marks=LONG)])
 def test_pretraining_gives_their_prediction_loss_and_gradients(size, tmp_path):
     torch.manual_seed(0)
     ours = videomae.pretrain_model(size, decoder_depth=4)
@@ -104,14 +105,30 @@ def test_pretraining_agrees_for_a_random_upstream_gradient_and_several_clips(tmp
     assert_close({name: (got[name], wanted[name]) for name in wanted})
 
 
-def test_a_classifier_gives_their_logits(tmp_path):
+@pytest.mark.parametrize(
+    ("size", "num_classes", "frames", "side", "batch"),
+    [
+        # every weight has its real shape; few tokens, so that it is quick
+        ("vit_small", 174, 4, 64, 2),
+        pytest.param("vit_small", 400, 16, 224, 1, marks=LONG),
+        pytest.param("vit_base", 174, 16, 224, 1, marks=LONG),
+        pytest.param("vit_base", 400, 16, 224, 1, marks=LONG),
+    ],
+)
+def test_a_classifier_gives_their_logits_and_gradients(size, num_classes, frames, side, batch, tmp_path):
     torch.manual_seed(2)
-    ours = videomae.classifier("vit_small", num_classes=400, drop_path=0.1).eval()
+    ours = videomae.classifier(size, num_classes=num_classes, frames=frames, image_size=side, drop_path=0.1).eval()
     fill_(ours)
     theirs = theirs_from(transformers.VideoMAEForVideoClassification, ours, tmp_path)
-    frames = torch.randint(0, 256, (1, 16, 224, 224, 3), dtype=torch.uint8)
-    with torch.no_grad():
-        assert_close({"logits": (ours(frames), theirs(as_pixel_values(frames)).logits)})
+    clips = torch.randint(0, 256, (batch, frames, side, side, 3), dtype=torch.uint8)
+    logits, reference = ours(clips), theirs(as_pixel_values(clips)).logits
+    upstream = torch.randn_like(logits)
+    logits.backward(upstream)
+    reference.backward(upstream)
+    assert_close({"logits": (logits, reference)})
+    got, wanted = gradients_of(ours), hugging_face.to_official(gradients_of(theirs))
+    assert got.keys() == wanted.keys()
+    assert_close({name: (got[name], wanted[name]) for name in got})
 
 
 def test_an_encoder_gives_their_features(tmp_path):

@@ -31,8 +31,8 @@ def write_list(target: Path, paths: Sequence[str], labels: Sequence[int] | None)
 
 
 def _line(path: str, label: int | None, folder: Path) -> str:
-    below = Path(path).is_relative_to(folder)
-    name = str(Path(path).relative_to(folder)) if below else path
+    # no Path: for 250,000 lines that takes two seconds
+    name = path.removeprefix(f"{folder}/")
     # spaces at its beginning would be dropped, and so would the mark of an encoding
     name = f"./{name}" if name[0].isspace() or name[0] == "\ufeff" else name
     check(_is_sayable(name), f"{path!r} cannot be written in a list: its name is no text of one line")

@@ -1,31 +1,26 @@
-"""Which videos there are, in which order their clips come, and how one clip is read."""
+"""Which videos there are, and in which order their clips come."""
 
 import hashlib
 import os
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from kernels.launch import check
 from videomae.data import shards, storage
-from videomae.data.augment import Augment, crop_resize, multi_scale_crop
-from videomae.data.decode import Decoder, UnreadableVideo, Video
-from videomae.data.sampling import pretrain_frames, pretrain_start
-from videomae.keys import Draws, key, keys
+from videomae.keys import key, keys
 
 SUFFIXES = frozenset(
     (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp", ".ogv")
 )
 
 # what a draw is for: the last number of its key
-_ORDER, _FRAMES, _CROP, _MASK = range(4)
+ORDER, FRAMES, CROP, MASK, AUGMENT = range(5)
 
 
 class Sample(NamedTuple):
@@ -145,7 +140,7 @@ class Order:
         self._permutation = lru_cache(maxsize=2)(self._permute)
 
     def _permute(self, epoch: int) -> torch.Tensor:
-        scores = keys(self._seed, epoch, torch.arange(self._num_videos), _ORDER)
+        scores = keys(self._seed, epoch, torch.arange(self._num_videos), ORDER)
         return torch.argsort(scores, stable=True)
 
     def samples(self, start: int, count: int) -> list[Sample]:
@@ -158,99 +153,6 @@ class Order:
         return out
 
 
-class Spent(NamedTuple):
-    """Seconds that reading one clip took. waited: the part of open and decode in which the processor did not work for
-    this process: storage, or other processes."""
-
-    open: float = 0.0
-    decode: float = 0.0
-    crop: float = 0.0
-    waited: float = 0.0
-
-    def plus(self, other: "Spent") -> "Spent":
-        return Spent(*(a + b for a, b in zip(self, other, strict=True)))
-
-    @property
-    def total(self) -> float:
-        return self.open + self.decode + self.crop
-
-
-@dataclass(frozen=True)
-class ClipReader:
-    """Reads pre-training clips: a pure function of the file and (seed, epoch, index, view).
-
-    views are spread over so many temporal windows: the first views / windows of them see the first window, and so on;
-    all are decoded at once.
-    """
-
-    frames: int
-    size: tuple[int, int]
-    stride: int
-    augment: Augment
-    seed: int
-    views: int = 1
-    windows: int = 1
-    decoder: Decoder = Decoder()
-
-    def __post_init__(self) -> None:
-        check(
-            self.frames >= 1 and self.stride >= 1,
-            f"frames and stride must be positive; got {self.frames}, {self.stride}",
-        )
-        check(
-            1 <= self.windows <= self.views and self.views % self.windows == 0,
-            f"views must be a multiple of windows; got {self.views} views, {self.windows} windows",
-        )
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return (self.frames, *self.size, 3)
-
-    def read(self, path: str, samples: Sequence[Sample]) -> list[np.ndarray]:
-        """uint8 [T, H, W, 3] for each of several views of one clip, decoded once. Raises UnreadableVideo."""
-        out = [np.empty(self.shape, dtype=np.uint8) for _ in samples]
-        self.read_into(path, samples, out)
-        return out
-
-    def read_into(self, path: str, samples: Sequence[Sample], out: Sequence[np.ndarray]) -> Spent:
-        """Write the views into out, arrays like `read`'s; what it took. Raises UnreadableVideo."""
-        epoch, index, _ = samples[0]
-        assert all((s.epoch, s.index) == (epoch, index) for s in samples)
-        begin, busy = time.perf_counter(), time.process_time()
-        video = Video(path, self.decoder)
-        if len(video) < 2:
-            raise UnreadableVideo(path, "a single frame, not a video")
-        opened = time.perf_counter()
-        # all of them, also for a part of the views: whether a clip can be read must not depend on how they are split
-        numbers = {w: self._numbers(video, epoch, index, w) for w in range(self.windows)}
-        windows = [min(sample.view * self.windows // self.views, self.windows - 1) for sample in samples]
-        # a short video repeats its last frame, and windows overlap: each frame is decoded once
-        distinct = sorted(set().union(*numbers.values()))
-        decoded = video.read(distinct)
-        waited = time.perf_counter() - begin - (time.process_time() - busy)
-        ready = time.perf_counter()
-        for sample, window, clip in zip(samples, windows, out, strict=True):
-            whole = decoded if numbers[window] == distinct else decoded[np.searchsorted(distinct, numbers[window])]
-            self._view(whole, sample, clip)
-        return Spent(opened - begin, ready - opened, time.perf_counter() - ready, max(waited, 0.0))
-
-    def _numbers(self, video: Video, epoch: int, index: int, window: int) -> list[int]:
-        """The frames of one window of the clip."""
-        draws = Draws(self.seed, epoch, index, _FRAMES) if window == 0 else self._later_window(epoch, index, window)
-        start = pretrain_start(len(video), self.frames, self.stride, draws, video.step)
-        return pretrain_frames(len(video), self.frames, self.stride, start)
-
-    def _later_window(self, epoch: int, index: int, window: int) -> Draws:
-        return Draws(self.seed, epoch, index, window, _FRAMES)
-
-    def _view(self, frames: np.ndarray, sample: Sample, out: np.ndarray) -> None:
-        draws = Draws(self.seed, *sample, _CROP)
-        height, width = frames.shape[1:3]
-        crop = multi_scale_crop(height, width, self.size, self.augment.scales, draws)
-        flip = self.augment.flip and draws.below(2) == 1
-        out[:] = crop_resize(frames, crop, self.size, flip=flip)
-
-
 def mask_keys(seed: int, samples: Sequence[Sample]) -> torch.Tensor:
     """int64 [B], one key per clip for `videomae.masking`."""
-    return torch.tensor([key(seed, *sample, _MASK) for sample in samples], dtype=torch.int64)
+    return torch.tensor([key(seed, *sample, MASK) for sample in samples], dtype=torch.int64)

@@ -107,14 +107,17 @@ class Video:
         """Which reader has this file."""
         return self._reader.backend
 
-    def read(self, indices: Sequence[int]) -> np.ndarray:
-        """Frames with these numbers, uint8 [K, h, w, 3], upright.
+    def read(self, indices: Sequence[int], *, allow_nearest: bool = False) -> np.ndarray:
+        """Frames with these numbers, uint8 [K, h, w, 3], upright; allow_nearest: in place of a frame that is not
+        stored, the nearest that is.
 
         Raises UnreadableVideo when a frame, or one that it is predicted from, is damaged; IndexError for a number out
         of range; ValueError for one that is not stored.
         """
         if not all(0 <= i < len(self) for i in indices):
             raise IndexError(f"{self.path} has frames 0 to {len(self) - 1}; asked for {min(indices)} to {max(indices)}")
+        if self._stored is not None:
+            return self._stored.read(indices, allow_nearest=allow_nearest)
         try:
             return self._reader.read(indices)
         except _DecordCannot:

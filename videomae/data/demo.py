@@ -40,6 +40,7 @@ MOTIONS: tuple[str, ...] = (*_DIRECTIONS, *_TURNS, *_GROWTHS)
 _FORMAT = 1  # raise it when the same parameters give other pixels or files
 _PARAMETERS = "demo.json"
 _SPLITS = ("train", "test")
+_CLASSES = "classes.txt"
 
 # half widths of the picture per frame (the turn: radians); within 12 frames the disc's centre stays inside the picture
 _STEP, _TURN, _GROWTH = (0.06, 0.09), (0.18, 0.30), (0.025, 0.035)
@@ -136,7 +137,7 @@ def make_demo(
     """The path of `train.csv` in a folder of demo videos, made there unless it is there already.
 
     `train` and `test` count videos, an equal number of each motion where they divide. The lists, `train.csv` and
-    `test.csv`, hold lines `path label` with paths relative to the folder. The folder appears complete or not at all;
+    `test.csv`, hold lines `path label` with paths relative to the folder, `classes.txt` the motions' names. The folder appears complete or not at all;
     one made with other parameters, or damaged, is made again. `progress` is called with the videos done and the videos
     to make. Several processes may call this at once: one makes the folder, the others wait. ValueError if the folder
     holds anything else.
@@ -178,6 +179,7 @@ def _write(
             if progress is not None:
                 progress(done, total)
         (folder / f"{split}.csv").write_text("".join(lines))
+    (folder / _CLASSES).write_text("".join(f"{name}\n" for name in MOTIONS))
     (folder / _PARAMETERS).write_text(json.dumps(parameters, indent=1) + "\n")
 
 
@@ -196,7 +198,7 @@ def _encode(path: Path, video: np.ndarray) -> None:
 
 def _is_complete(folder: Path, parameters: dict[str, int]) -> bool:
     try:
-        if json.loads((folder / _PARAMETERS).read_text()) != parameters:
+        if json.loads((folder / _PARAMETERS).read_text()) != parameters or not (folder / _CLASSES).is_file():
             return False
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return False
@@ -210,7 +212,7 @@ def _refuse_others(folder: Path) -> None:
     """ValueError unless everything in `folder` can be replaced: nothing, or what an earlier call put there."""
     if not folder.exists():
         return
-    known = {_PARAMETERS, *_SPLITS, *(f"{split}.csv" for split in _SPLITS)}
+    known = {_PARAMETERS, _CLASSES, *_SPLITS, *(f"{split}.csv" for split in _SPLITS)}
     foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in known) if folder.is_dir() else ["it"]
     if foreign:
         raise ValueError(f"{folder} must be new, empty or a folder of demo videos, but it holds {foreign[0]}")

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from kernels.launch import check
-from videomae.data.dataset import ClipReader, Sample, Spent, mask_keys
+from videomae.data.dataset import Sample, mask_keys
 from videomae.data.decode import UnreadableVideo
 from videomae.data.pool import Outcome, Pool
+from videomae.data.readers import Reader, Spent
 from videomae.data.storage import CacheConfig, configure
 
 
@@ -98,7 +99,7 @@ class Done(NamedTuple):
 class ReadClips:
     """What a worker does: read a task's views into slots of the shared memory, a file of so many bytes."""
 
-    reader: ClipReader
+    reader: Reader
     fd: int
     size: int
     cache: CacheConfig | None = None  # of what is read from URLs
@@ -136,7 +137,7 @@ class Loader:
 
     def __init__(
         self,
-        reader: ClipReader,
+        reader: Reader,
         paths: Sequence[str],
         batches: Iterable[Sequence[Sample]],
         *,

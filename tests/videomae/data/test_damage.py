@@ -16,9 +16,10 @@ from tests.videos import moving_frames, write_video
 from videomae.data.augment import Augment
 from videomae.data.check import main
 from videomae.data.check_file import examine
-from videomae.data.dataset import ClipReader, Sample
+from videomae.data.dataset import Sample
 from videomae.data.decode import UnreadableVideo, Video
 from videomae.data.loader import Loader, LoaderConfig
+from videomae.data.readers import ClipReader
 
 FRAMES, SIZE, CLIP = 60, 64, 4
 # by name: how the intact file is made

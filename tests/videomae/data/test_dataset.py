@@ -9,8 +9,9 @@ import torch
 
 from tests.videos import moving_frames, write_video
 from videomae.data.augment import Augment
-from videomae.data.dataset import ClipReader, Order, Sample, find_videos, mask_keys
+from videomae.data.dataset import Order, Sample, find_videos, mask_keys
 from videomae.data.decode import UnreadableVideo, Video
+from videomae.data.readers import ClipReader
 
 
 def test_a_folder_is_searched_to_the_bottom_in_sorted_order(tmp_path):
@@ -134,7 +135,7 @@ def numbers_of(clip):
 def test_views_are_spread_over_windows_that_are_decoded_at_once(counting, monkeypatch):
     asked = []
     read = Video.read
-    monkeypatch.setattr(Video, "read", lambda self, numbers: asked.append(list(numbers)) or read(self, numbers))
+    monkeypatch.setattr(Video, "read", lambda self, numbers, **_: asked.append(list(numbers)) or read(self, numbers))
     four = reader(frames=4, stride=3, views=4, windows=2)
     once = reader(frames=4, stride=3, views=4)
     apart = 0

@@ -8,9 +8,10 @@ import torch
 
 from tests.videos import moving_frames, write_video
 from videomae.data.augment import Augment
-from videomae.data.dataset import ClipReader, Order
+from videomae.data.dataset import Order
 from videomae.data.feed import DeviceFeed, HostFeed, feed
 from videomae.data.loader import Loader, LoaderConfig
+from videomae.data.readers import ClipReader
 
 MORE = [(1, 4), (2, 4), (0, 2), (1, 2), (2, 2)]
 READER = ClipReader(frames=4, size=(16, 16), stride=1, augment=Augment(), seed=0)

@@ -14,9 +14,10 @@ import torch
 from tests.services import read_part
 from tests.videos import moving_frames, write_video
 from videomae.data.augment import Augment
-from videomae.data.dataset import ClipReader, Order, Sample, find_videos
+from videomae.data.dataset import Order, Sample, find_videos
 from videomae.data.loader import Loader, LoaderConfig
 from videomae.data.prepare import main as prepare
+from videomae.data.readers import ClipReader
 from videomae.masking import tube
 
 READER = ClipReader(frames=4, size=(16, 16), stride=1, augment=Augment(), seed=0)

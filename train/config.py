@@ -1,0 +1,94 @@
+"""What every kind of training run is told: where its data is, how it computes, when it reports and saves."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from kernels.launch import check
+from train.checkpoint import Checkpointing
+from train.engine import EngineName
+from train.log import Logging
+from train.optim import Optim
+from videomae.data import storage
+from videomae.data.decode import Decoder, ReaderName
+from videomae.data.loader import LoaderConfig
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where clips come from, and how often each decoded one is used."""
+
+    # folder of videos, list file (`path label`, `path`, `path 0 -1`), or prepared set, also by URL (s3://...); the demo
+    # renders its own
+    path: Annotated[str | None, tyro.conf.arg(aliases=["--data"])] = None
+    # views of each decoded video (repeated augmentation); a step then has batch-size * views clips, and the learning
+    # rate ignores that
+    views_per_decode: int = 1
+    reader: ReaderName = "auto"  # PyAV; decord and torchcodec (untested on a GPU) must be asked for
+    device: Literal["cpu", "cuda"] = "cpu"  # where torchcodec decodes; cuda: by the GPU's decoder
+    cache: str = "~/.cache/videomae"  # folder that keeps what was read from a URL
+    cache_gb: float = 50.0  # the most it may hold
+
+    def __post_init__(self) -> None:
+        check(self.path != "", "data must not be empty")
+        check(self.views_per_decode >= 1, f"data.views-per-decode must be at least 1; got {self.views_per_decode}")
+        check(self.device == "cpu" or self.reader == "torchcodec", "--data.device cuda needs --data.reader torchcodec")
+        check(0 < self.cache_gb < 1e9, f"data.cache-gb must be positive; got {self.cache_gb}")
+
+    @property
+    def decoder(self) -> Decoder:
+        return Decoder(self.reader, self.device)
+
+    def cache_of(self, path: str | None) -> storage.CacheConfig | None:
+        """Where what is read from that URL is kept; None for data on disk."""
+        if path is None or not storage.is_url(path):
+            return None
+        return storage.CacheConfig(str(Path(self.cache).expanduser()), self.cache_gb)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A training run."""
+
+    recipe: Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress]
+    out: str | None = None  # run folder; runs/VERB-RECIPE if not given
+    epochs: float | None = None  # length of the run in passes over the videos
+    steps: int | None = None  # length of the run in steps: the whole schedule is fitted into it
+    batch_size: int = 1024  # videos per step, over all micro-batches
+    micro_batch: int | None = None  # clips on the device at a time; planned from its memory if not given
+    seed: int = 0
+    workers: int | None = (
+        None  # decoding processes; by the number of cores if not given; 0 decodes in the training process
+    )
+    device: Literal["cpu", "cuda"] | None = None  # cuda where there is one, if not given
+    precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    engine: EngineName = "eager"  # kernel by kernel; compile: by torch.compile; graph: as captured CUDA graphs
+    attention: str = (
+        "auto"  # the back end: auto, sdpa, sdpa-flash, sdpa-cudnn, triton, flash-attn, flash-attn-4, xformers
+    )
+    resume: str = (
+        "auto"  # auto: go on where the run folder stopped; never: move the old run aside; PATH: from that checkpoint
+    )
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    log: Logging = field(default_factory=Logging)
+    checkpoint: Checkpointing = field(default_factory=Checkpointing)
+
+    def __post_init__(self) -> None:
+        check(self.batch_size >= 1, f"batch-size must be at least 1; got {self.batch_size}")
+        check(self.steps is None or self.steps >= 1, f"steps must be at least 1; got {self.steps}")
+        check(self.epochs is None or 0 < self.epochs < 1e9, f"epochs must be positive and finite; got {self.epochs}")
+        check(
+            self.micro_batch is None or self.micro_batch >= 1, f"micro-batch must be at least 1; got {self.micro_batch}"
+        )
+        check(-(2**63) <= self.seed < 2**63, f"seed must fit 64 bits; got {self.seed}")
+        check(self.resume != "", "resume must be auto, never, or the path of a checkpoint")
+        check(self.workers is None or self.workers >= 0, f"workers must not be negative; got {self.workers}")
+
+    @property
+    def clips_per_step(self) -> int:
+        """Samples of a step: every video's views."""
+        return self.batch_size * self.data.views_per_decode

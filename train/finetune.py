@@ -1,0 +1,283 @@
+"""Fine-tune a classifier: `python -m train.finetune [RECIPE] --data PATH [--weights W] [--section.field VALUE]`.
+
+What fine-tuning adds to the loop of train/loop.py: labels, where the weights come from, augmentation on the device
+(mixup, CutMix, erasing), an average of the weights, and validation.
+"""
+
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from kernels.launch import check
+from train.finetune_recipes import FINETUNE, FinetuneConfig
+from train.inference import find_weights
+from train.log import RunLog
+from train.loop import command
+from train.memory import Workload
+from train.objective import ClassifyObjective
+from train.optim import PRECISIONS
+from train.plan import finetune_workload
+from train.run import Run, check_reader, demo_list, warn_of
+from train.validation import validate
+from train.verb import Verb, counts_of_tokens, to_device
+from videomae.classifier import Classifier, classifier
+from videomae.data import storage
+from videomae.data.dataset import VideoList
+from videomae.data.feed import OnDevice
+from videomae.data.labelled import LabelledVideos, find_labelled
+from videomae.data.mix import cut, draw_erasing, draw_mix, erase, normalize
+from videomae.data.readers import LabelledClipReader, ViewReader
+from videomae.keys import key
+from videomae.model import Input, size_of
+from videomae.weights import load_weights
+
+_EMA = "ema.safetensors"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code, see `train.loop.command`."""
+    about = "Fine-tune a video classifier, from pre-trained weights or from nothing; with no argument, on the demo."
+    return command(Finetuning, FINETUNE, arguments, prog="python -m train.finetune", about=about)
+
+
+class Finetuning(Verb[FinetuneConfig]):
+    """One fine-tuning run."""
+
+    name = "finetune"
+
+    def __init__(self, config: FinetuneConfig) -> None:
+        super().__init__(config)
+        self.together = config.mix.group_of(config.data.views_per_decode) if config.mix.mixes else 1
+        self._train: LabelledVideos | None = None
+        self._val: LabelledVideos | None = None
+        self._labels = torch.empty(0, dtype=torch.int64)
+        self._report: list[str] = []  # on where the weights came from
+        self._average: AveragedModel | None = None
+        self._best: tuple[float, int] | None = None
+        self._last: dict[str, float] = {}
+
+    @property
+    def recipes(self) -> Mapping[str, Callable[[], FinetuneConfig]]:
+        return FINETUNE
+
+    @property
+    def input(self) -> Input:
+        return replace(self.config.model.input, sampling=self.config.sampling)
+
+    @property
+    def recompute(self) -> str:
+        return self.config.model.recompute
+
+    @property
+    def train_set(self) -> LabelledVideos:
+        assert self._train is not None
+        return self._train
+
+    # -- before the first step
+
+    def find_videos(self) -> VideoList:
+        data, is_demo = self.config.data, self.config.data.path is None
+        check(not is_demo or self.config.recipe == "demo", f"recipe {self.config.recipe} needs --data: labelled videos")
+        source = str(demo_list().parent) if data.path is None else data.path
+        storage.configure(data.cache_of(source))
+        self._train = find_labelled(source, "train")
+        warn_of(self._train.videos)
+        check_reader(data, self._train.videos)
+        self._check_step(self._train.videos, source)
+        if self.config.validate_every:
+            self._val = self._find_val(source)
+        self._labels = torch.tensor(self._train.labels)
+        self._warn_of_flips()
+        return self._train.videos
+
+    def _check_step(self, videos: VideoList, source: str) -> None:
+        check(
+            videos.step == 1 or self.config.data.allow_nearest,
+            f"{source} holds frames 0, {videos.step}, {2 * videos.step}, ... only, and fine-tuning takes others: "
+            "prepare it with all phases, or give --allow-nearest, which is noted with every result",
+        )
+
+    def _find_val(self, source: str) -> LabelledVideos | None:
+        """The validation set; None, and a note, where there is none beside the training set."""
+        if self.config.data.val is not None:
+            found = find_labelled(self.config.data.val, "val", like=self.train_set)
+        else:
+            try:
+                found = find_labelled(source, "val", like=self.train_set)
+            except ValueError as error:
+                print(f"note: no validation: {error}", file=sys.stderr)
+                return None
+        warn_of(found.videos)
+        self._check_step(found.videos, self.config.data.val or source)
+        return found
+
+    def _warn_of_flips(self) -> None:
+        sided = [name for name in self.train_set.classes if {"left", "right"} & set(re.findall("[a-z]+", name.lower()))]
+        if self.config.augment.flip and sided:
+            print(
+                f"warning: clips are mirrored, but classes tell left from right ({', '.join(sided[:3])}): "
+                "--augment.flip false",
+                file=sys.stderr,
+            )
+
+    def sequences(self) -> dict[str, tuple[int, int]]:
+        size = size_of(self.config.model.size)
+        return {"encoder": counts_of_tokens(self.input, size.width, size.heads)}
+
+    def build(self) -> Classifier:
+        model = self.config.model
+        made = classifier(
+            model.size,
+            num_classes=len(self.train_set.classes),
+            frames=model.frames,
+            image_size=model.image_size,
+            cube=model.cube,
+            drop_path=model.drop_path,
+            head_dropout=model.head_dropout,
+            init_scale=model.init_scale,
+        )
+        made.input, made.classes = self.input, self.train_set.classes
+        made.blocks.recompute = model.recompute
+        return made
+
+    def initialize(self, model: nn.Module) -> None:
+        if self.config.weights is None:
+            self._report = ["from nothing: --weights W starts from pre-training"]
+            return
+        report = load_weights(model, find_weights(self.config.weights), positions=self.config.positions)
+        self._report = str(report).splitlines()
+
+    def workload(self, num_parameters: int, precision: str, device_type: str) -> Workload:
+        return finetune_workload(self.config, num_parameters, precision, device_type)
+
+    def objective(self, model: nn.Module, precision: str) -> ClassifyObjective:
+        assert isinstance(model, Classifier)
+        self._begin_average(model)
+        return ClassifyObjective(model, self.config.smoothing, PRECISIONS[precision])
+
+    def reader(self) -> LabelledClipReader:
+        config = self.config
+        return LabelledClipReader(
+            config.model.frames,
+            self.input.size,
+            config.sampling,
+            config.seed,
+            config.rand_augment if config.rand_augment.ops else None,
+            area=config.augment.area,
+            aspect=config.augment.aspect,
+            flip=config.augment.flip,
+            nearest=config.data.allow_nearest,
+            decoder=config.data.decoder,
+        )
+
+    def fingerprint(self, videos: VideoList) -> str:
+        return self.train_set.fingerprint
+
+    def describe(self, run: Run) -> list[str]:
+        config, model = self.config, self.config.model
+        millions = sum(p.numel() for p in run.model.parameters()) / 1e6
+        sampling = (
+            f"stride {config.sampling.stride}" if config.sampling.kind == "dense" else "one of each part of the video"
+        )
+        val = f"{len(self._val):,} videos" if self._val else "none"
+        flip = "half of the clips mirrored" if config.augment.flip else "no flip"
+        return [
+            f"classes   {len(self.train_set.classes)}; validation {val}",
+            f"model     {model.size}: {millions:.1f} M parameters",
+            *(f"weights   {line.strip()}" for line in self._report),
+            f"clip      {model.frames} x {model.image_size} x {model.image_size}, {sampling}; {flip}",
+        ]
+
+    def facts(self) -> dict[str, Any]:
+        return {"classes": list(self.train_set.classes), "weights": self._report}
+
+    # -- in the loop
+
+    def inputs(self, run: Run, batch: OnDevice, step: int) -> dict[str, Tensor]:
+        config, host = self.config, batch.batch
+        # drop path and dropout: the same whatever the run did before
+        torch.manual_seed(key(config.seed, step, int(host.keys[0])))
+        labels = to_device(self._labels[[sample.index for sample in host.samples]], run.device)
+        keys = host.keys.tolist()
+        frames = batch.frames
+        if config.erasing.probability > 0:
+            frames = normalize(frames, self.input.mean, self.input.std)
+            boxes = [draw_erasing(config.erasing, each, self.input.size) for each in keys]
+            erase(frames, boxes, keys)
+        inputs = {"frames": frames, "labels": labels}
+        if self.together > 1:
+            present = (host.weight > 0).tolist()
+            mix, boxes = draw_mix(config.mix, self.together, keys, self.input.size, present)
+            mix = mix.to(run.device)
+            inputs["frames"] = cut(frames, mix, boxes)
+            inputs |= {"lam": mix.lam, "partner": mix.partner, "blend": mix.blend}
+        return inputs
+
+    def after_update(self, run: Run, done: int) -> None:
+        if self._average is not None:
+            self._average.update_parameters(run.model)
+
+    def after_step(self, run: Run, log: RunLog, done: int) -> None:
+        every = self.config.validate_every * len(run.videos) / self.config.batch_size
+        # at the first step at or after each multiple, and at the end
+        due = every > 0 and (math.floor(done / every) > math.floor((done - 1) / every) or done == run.schedule.steps)
+        if due and self._val is not None:
+            with log.pause():
+                self._validate(run, log, done)
+
+    def _validate(self, run: Run, log: RunLog, done: int) -> None:
+        assert self._val is not None
+        config = self.config
+        views = ViewReader(
+            config.model.frames,
+            self.input.size,
+            config.sampling,
+            nearest=config.data.allow_nearest,
+            decoder=config.data.decoder,
+        )
+        model = run.model if self._average is None else self._average.module
+        source = config.data.val or config.data.path or ""
+        values = validate(model, self._val, views, run, source=source, say=log.say)
+        log.evaluated(done, values)
+        self._last = values
+        if self._best is None or values["val_top1"] > self._best[0]:
+            self._best = values["val_top1"], done
+        log.say(f"validation after step {done}: top-1 {values['val_top1']:.2f}, top-5 {values['val_top5']:.2f}")
+
+    def _begin_average(self, model: nn.Module) -> None:
+        if self.config.ema is not None and self._average is None:
+            self._average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self.config.ema))
+
+    def extra_state(self) -> dict[str, Any]:
+        return {} if self._average is None else {"averaged": int(self._average.n_averaged)}
+
+    def load_extra_state(self, checkpoint: Path, state: dict[str, Any], model: nn.Module) -> None:
+        self._begin_average(model)
+        if self._average is not None and "averaged" in state:
+            load_weights(self._average.module, checkpoint / _EMA)
+            self._average.n_averaged.fill_(state["averaged"])
+
+    def extra_weights(self) -> dict[str, nn.Module]:
+        return {} if self._average is None else {_EMA: self._average.module}
+
+    def results(self, run: Run, checkpoint: Path) -> list[str]:
+        lines = []
+        if self._last and self._best is not None:
+            last, (best, at) = self._last, self._best
+            scores = f"top-1 {last['val_top1']:.2f}, top-5 {last['val_top5']:.2f}"
+            lines.append(f"validation      {scores} (best top-1 {best:.2f}, step {at})")
+        recipe = "demo " if self.config.recipe == "demo" else ""
+        data = f" --data {self.config.data.path}" if self.config.data.path else ""
+        return [*lines, f"evaluate        python -m train.evaluate {recipe}--weights {run.out}{data}"]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,141 @@
+"""What is in a video: `python -m train.predict VIDEO [VIDEO ...] --weights W [--views 5x3] [--top 5] [--json]`.
+
+VIDEO is a file or a folder of them. Views are those of `train.evaluate`: sampled as the weights were trained.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from kernels.launch import check
+from train.cli import user_errors
+from train.evaluation import AskedSampling, names_of, parse_views, read_classifier, view_reader
+from train.inference import Inference, Reading, read_views
+from videomae.data.dataset import find_videos
+from videomae.data.readers import ViewReader
+from videomae.data.shards import is_locator
+from videomae.metrics import AVERAGES, average_views
+
+PROG = "python -m train.predict"
+_FEW = 8  # videos that are read before worker processes would have started
+
+
+class _Prepared(NamedTuple):
+    paths: tuple[str, ...]
+    reader: ViewReader
+    inference: Inference
+    classes: tuple[str, ...]
+    reading: Reading
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0 done, 1 a video could not be read, 2 wrong use, 130 stopped by
+    Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    try:
+        with user_errors(PROG):
+            prepared = _prepare(options)
+        unread = 0
+        for path, found in _predictions(prepared, options.average):
+            if isinstance(found, str):
+                unread += 1
+                print(f"{PROG}: {path}: {found}", file=sys.stderr)
+            else:
+                _say(path, found, prepared.classes, options)
+        return 1 if unread else 0
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(PROG, description="Classify videos: the most probable classes of each.")
+    add = parser.add_argument
+    add("videos", metavar="VIDEO", nargs="+", help="a file, or a folder of videos")
+    add("--weights", metavar="W", required=True, help="a run folder, checkpoint, file, Hugging Face folder or hub id")
+    add("--views", metavar="CLIPSxCROPS", help="of each video (5x3 of dense sampling, 2x3 of uniform)")
+    add("--top", type=int, default=5, metavar="N", help="classes to be shown (5)")
+    add("--json", action="store_true", help="a JSON object a line instead of text")
+    add("--average", choices=AVERAGES, default="prob", help="views by their probabilities (default) or logits")
+    add("--sampling.kind", dest="kind", choices=("dense", "uniform"), help="(as the weights say)")
+    add("--sampling.stride", dest="stride", type=int, metavar="S", help="of dense sampling (as the weights say)")
+    add("--allow-nearest", action="store_true", help="frames that a prepared set does not hold: take the nearest")
+    add("--workers", type=int, metavar="N", help=f"decoding processes (by the cores; none for {_FEW} videos or fewer)")
+    add("--device", choices=("cpu", "cuda"), help="(cuda where there is one)")
+    add("--precision", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="(auto)")
+    return parser
+
+
+def _prepare(options: argparse.Namespace) -> _Prepared:
+    """Raises ValueError for what the user can mend; videos are looked at later."""
+    check(options.top >= 1, f"--top must be at least 1; got {options.top}")
+    check(options.workers is None or options.workers >= 0, f"--workers must not be negative; got {options.workers}")
+    if options.views is not None:
+        parse_views(options.views)
+    asked = AskedSampling(options.kind, options.stride)
+    paths, step = _find(options.videos)
+    model, messages = read_classifier(options.weights)
+    for message in messages:
+        print(f"note: {message}", file=sys.stderr)
+    sampling = asked.resolve(model.input.sampling)
+    reader = view_reader(model.input, sampling, options.views, step=step, allow_nearest=options.allow_nearest)
+    inference = Inference(model, device=options.device, precision=options.precision)
+    classes = names_of(model) or tuple(map(str, range(model.head.out_features)))
+    workers = options.workers
+    if workers is None:
+        workers = 0 if len(paths) <= _FEW else min(Reading().workers_for(inference.device), len(paths))
+    return _Prepared(paths, reader, inference, classes, Reading(workers))
+
+
+def _find(sources: Sequence[str]) -> tuple[tuple[str, ...], int]:
+    """Every video, each once, and which frames of all can be read: 0, step, 2 step, ... ValueError for a folder without
+    one."""
+    paths: list[str] = []
+    step = 1
+    for source in sources:
+        check(source != "", "a video's name is empty")
+        path = Path(source).expanduser()
+        if path.is_dir():
+            found = find_videos(path)
+            paths += found.paths
+            step = max(step, found.step)
+        else:
+            paths.append(source if is_locator(source) else os.path.abspath(path))
+    return tuple(dict.fromkeys(paths)), step
+
+
+def _predictions(prepared: _Prepared, average: Any) -> Iterator[tuple[str, Tensor | str]]:
+    """Each video with its class probabilities, or the reason why it cannot be read."""
+    paths, reader, inference = prepared.paths, prepared.reader, prepared.inference
+    indices = range(len(paths))
+    all_views = read_views(
+        reader, paths, indices, views=reader.views, device=inference.device, reading=prepared.reading
+    )
+    for views in all_views:
+        found: dict[int, Tensor | str] = {skip.sample.index: skip.reason for skip in views.skips}
+        if views.indices:
+            logits = inference(views.frames.flatten(0, 1)).unflatten(0, views.frames.shape[:2])
+            found |= dict(zip(views.indices, average_views(logits, average).cpu(), strict=True))
+        yield from ((paths[index], found[index]) for index in sorted(found))
+
+
+def _say(path: str, probabilities: Tensor, classes: tuple[str, ...], options: argparse.Namespace) -> None:
+    values, labels = probabilities.topk(min(options.top, len(classes)))
+    best = [(label, classes[label], value) for value, label in zip(values.tolist(), labels.tolist(), strict=True)]
+    if options.json:
+        top = [{"label": label, "class": name, "probability": round(value, 6)} for label, name, value in best]
+        print(json.dumps({"video": path, "top": top}), flush=True)
+        return
+    print(path)
+    for _, name, value in best:
+        print(f"{100 * value:7.2f} %  {name}", flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,409 @@
+"""What frozen features are worth: `python -m train.probe --weights W --data PATH [--method knn linear ...]`.
+
+Learned from the training split, tested on the test split, of labelled videos:
+- knn: the nearest training videos vote; nothing is trained.
+- linear: logistic regression on one clip of each video, to its one optimum; quick, and the same every time.
+- linear-paper: VideoMAE's own linear probe, 100 epochs of SGD on augmented clips (RECIPES E.3), which the encoder sees
+  one and all: hours where the others take minutes.
+- attentive: one learned query over all tokens of a clip.
+--random measures an untrained encoder of the same size: what learning has added is the difference.
+"""
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kernels.launch import check
+from train.cli import flat, parse_flags, user_errors
+from train.evaluation import view_reader, weights_hash
+from train.inference import Inference, Reading, encoder_of, find_weights, read_model, read_views
+from train.optim import Schedule
+from train.plan import bytes_text, memory_budget
+from train.probe_config import Method, ProbeConfig
+from train.probing import (
+    AttentiveProbe,
+    MultiScaleReader,
+    Pass,
+    choose_l2,
+    draw,
+    draw_epoch,
+    fit_linear,
+    knn_probabilities,
+    minibatches,
+    share_right,
+    train_head,
+)
+from train.record import surroundings
+from train.run import warn_of
+from videomae.data import storage
+from videomae.data.dataset import Order
+from videomae.data.feed import feed
+from videomae.data.labelled import LabelledVideos, find_labelled
+from videomae.data.loader import Loader
+from videomae.data.readers import ViewReader
+from videomae.features import features_of
+from videomae.metrics import average_views
+from videomae.model import Encoder
+from videomae.weight_files import write_atomically
+
+PROG = "python -m train.probe"
+_SAY_EVERY = 30.0  # seconds
+_MICRO_BATCH = 64  # of the paper's batch, clips that are decoded together
+
+
+class CannotProbe(Exception):
+    """There is no result: videos that cannot be read."""
+
+
+class Split(NamedTuple):
+    """One split: the videos that are used of it, in this order, and how each is read."""
+
+    videos: LabelledVideos
+    indices: tuple[int, ...]
+    reader: ViewReader
+
+
+class Known(NamedTuple):
+    """Features float32 [K, V, D] and labels int64 [K] of the videos of a split that could be read, on the device."""
+
+    features: Tensor
+    labels: Tensor
+
+
+@dataclass
+class Probe:
+    """All that the methods need."""
+
+    config: ProbeConfig
+    weights: str  # what was read
+    inference: Inference
+    train: Split
+    test: Split
+    reading: Reading
+    unreadable: dict[str, int] = field(default_factory=dict)  # by split
+    chosen: dict[str, Any] = field(default_factory=dict)  # by a method itself
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.train.videos.classes)
+
+    def labels(self, split: Split, indices: Sequence[int]) -> Tensor:
+        return torch.tensor([split.videos.labels[index] for index in indices], device=self.inference.device)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; its exit code: 0 done, 1 without a result, 2 wrong use, 130 stopped by Ctrl-C."""
+    about = "What frozen features are worth: accuracies of simple classifiers on them."
+    config = parse_flags(sys.argv[1:] if arguments is None else arguments, ProbeConfig, prog=PROG, about=about)
+    try:
+        with user_errors(PROG):
+            probe = prepare(config)
+        _say(probe)
+        return _report(probe, measure(probe))
+    except CannotProbe as error:
+        print(f"{PROG}: stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\n{PROG}: stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def prepare(config: ProbeConfig) -> Probe:
+    """Everything that can be refused, before the first video is read. Raises ValueError."""
+    path = config.data.path
+    check(path is not None, "nothing to learn from: give --data, labelled videos with a training and a test split")
+    assert path is not None
+    storage.configure(config.data.kept)
+    weights = find_weights(config.weights)
+    model, report = read_model(weights)
+    for message in report.messages:
+        print(f"note: {message}", file=sys.stderr)
+    encoder = encoder_of(model)
+    if config.random:
+        torch.manual_seed(config.seed)
+        encoder = Encoder(encoder.size, encoder.input)
+    train = find_labelled(path, "train")
+    test = find_labelled(config.test_data or path, config.data.split, like=train)
+    sampling = config.sampling.resolve(encoder.input.sampling)
+    splits = []
+    for videos, views in ((train, "1x1"), (test, config.views)):
+        warn_of(videos.videos)
+        step, nearest = videos.videos.step, config.data.allow_nearest
+        reader = view_reader(encoder.input, sampling, views, step=step, allow_nearest=nearest)
+        splits.append(Split(videos, tuple(draw(len(videos), config.videos, config.seed)), reader))
+    inference = Inference(
+        encoder,
+        device=config.device,
+        precision=config.precision,
+        attention=config.attention,
+        micro_batch=config.micro_batch,
+    )
+    reading = Reading(config.workers, config.loader, config.data.kept)
+    reading = replace(reading, workers=min(reading.workers_for(inference.device), len(splits[0].indices)))
+    return Probe(config, weights, inference, splits[0], splits[1], reading)
+
+
+def _say(probe: Probe) -> None:
+    train, test, inference = probe.train, probe.test, probe.inference
+    what = f"untrained, of the size of {probe.weights}" if probe.config.random else probe.weights
+    sampling = test.reader.sampling
+    frames = f"stride {sampling.stride}" if sampling.kind == "dense" else "uniform"
+    print(f"encoder   {what} ({weights_hash(inference.model)})")
+    print(f"learns    {len(train.indices):,} of {len(train.videos):,} videos, {probe.num_classes} classes")
+    print(f"tested    {len(test.indices):,} of {len(test.videos):,} videos, {probe.config.views} views, {frames}")
+    print(f"device    {inference.device}, {inference.precision}; attention {inference.attention.name}", flush=True)
+
+
+def measure(probe: Probe) -> dict[str, Tensor]:
+    """Class probabilities of the readable test videos, by method. Their labels are under "labels"."""
+    methods: dict[Method, Callable[[Probe, Known, Known], Tensor]] = {
+        "knn": _by_neighbours,
+        "linear": _by_regression,
+        "linear-paper": _by_paper,
+        "attentive": _by_attention,
+    }
+    # the test first: whoever gave a damaged one hears of it soon
+    test = _features(probe, probe.test, "test")
+    train = _features(probe, probe.train, "train")
+    found = {"labels": test.labels}
+    for method in probe.config.methods:
+        begin = time.monotonic()
+        found[method] = methods[method](probe, train, test).cpu()
+        print(f"{method}: {time.monotonic() - begin:.1f} s", flush=True)
+    return found
+
+
+def _features(probe: Probe, split: Split, name: str) -> Known:
+    """Features of every view of every video of the split that can be read."""
+    parts, found, lost = [], list[int](), 0
+    function = partial(features_of, probe.inference.model)
+    said = time.monotonic()
+    for views in _read(probe, split, split.indices):
+        for skip in views.skips:
+            print(f"{name}: unreadable: {skip.path}: {skip.reason}", file=sys.stderr)
+        lost += len(views.skips)
+        if views.indices:
+            flat_views = probe.inference(views.frames.flatten(0, 1), function)
+            # a plain tensor, which a head can learn from
+            parts.append(flat_views.unflatten(0, views.frames.shape[:2]).clone())
+            found += views.indices
+        if time.monotonic() - said > _SAY_EVERY:
+            said = time.monotonic()
+            print(f"{name}: {len(found) + lost:,} of {len(split.indices):,} videos", flush=True)
+    probe.unreadable[name] = lost
+    if not found or (name == "test" and lost and probe.config.unreadable == "error"):
+        raise CannotProbe(
+            f"{lost} of {len(split.indices)} {name} videos cannot be read; --unreadable wrong counts them as wrong"
+        )
+    return Known(torch.cat(parts), probe.labels(split, found))
+
+
+def _read(probe: Probe, split: Split, indices: Sequence[int], at_once: int = 32) -> Iterator[Any]:
+    return read_views(
+        split.reader,
+        split.videos.videos.paths,
+        indices,
+        views=split.reader.views,
+        device=probe.inference.device,
+        reading=probe.reading,
+        at_once=at_once,
+    )
+
+
+def _by_neighbours(probe: Probe, train: Known, test: Known) -> Tensor:
+    count, views, _ = test.features.shape
+    votes = knn_probabilities(
+        train.features[:, 0],
+        train.labels,
+        test.features.flatten(0, 1),
+        probe.num_classes,
+        neighbours=probe.config.knn.k,
+        temperature=probe.config.knn.temperature,
+    )
+    return votes.unflatten(0, (count, views)).mean(1)
+
+
+def _by_regression(probe: Probe, train: Known, test: Known) -> Tensor:
+    features, labels = train.features[:, 0], train.labels
+    l2 = probe.config.linear.l2 or choose_l2(features, labels, probe.num_classes, seed=probe.config.seed)
+    probe.chosen["linear.l2"] = l2
+    return average_views(fit_linear(features, labels, probe.num_classes, l2=l2)(test.features))
+
+
+def _by_paper(probe: Probe, train: Known, test: Known) -> Tensor:
+    """SGD on augmented clips: the encoder works for every one of them."""
+    config, count = probe.config.paper, len(probe.train.indices)
+    batch = min(config.batch_size, count)
+    steps = max(config.epochs * count // batch, 1)
+    head = nn.Linear(train.features.shape[-1], probe.num_classes, device=probe.inference.device)
+    nn.init.zeros_(head.weight)  # the problem is convex
+    nn.init.zeros_(head.bias)
+    optimizer = torch.optim.SGD(head.parameters(), momentum=0.9)
+    schedule = Schedule(config.lr, 0.0, steps * config.warmup_epochs // config.epochs, steps)
+    probe.chosen |= {"paper.batch_size": batch, "paper.steps": steps}
+    if batch < config.batch_size:
+        print(f"note: linear-paper: {batch} videos are fewer than a batch: {steps} steps in all", file=sys.stderr)
+    train_head(head, _augmented(probe, batch, steps), optimizer, schedule, _saying("linear-paper", steps))
+    with torch.no_grad():
+        return average_views(head(test.features))
+
+
+def _augmented(probe: Probe, batch: int, steps: int) -> Iterator[Pass]:
+    """Features of augmented training clips, a batch for every step."""
+    config, split, inference = probe.config, probe.train, probe.inference
+    view = split.reader
+    reader = MultiScaleReader(
+        view.frames,
+        view.size,
+        view.sampling,
+        config.seed,
+        config.paper.augment,
+        view.nearest or split.videos.videos.step > 1,
+    )
+    order = Order(len(split.indices), config.seed)
+    sizes = [min(_MICRO_BATCH, batch - begin) for begin in range(0, batch, _MICRO_BATCH)]
+    starts = (step * batch + begin for step in range(steps) for begin in range(0, batch, _MICRO_BATCH))
+    loader = Loader(
+        reader,
+        [split.videos.videos.paths[index] for index in split.indices],
+        (order.samples(start, sizes[number % len(sizes)]) for number, start in enumerate(starts)),
+        batch_size=sizes[0],
+        workers=probe.reading.workers_for(inference.device),
+        config=config.loader,
+        cache=probe.reading.cache,
+    )
+    function = partial(features_of, inference.model)
+    features, labels = list[Tensor](), list[int]()
+    with loader, feed(loader, inference.device, print) as fed:
+        for number, (clips, frames, *_) in enumerate(fed, 1):
+            lost = {skip.sample for skip in clips.skips}
+            rows = [i for i, sample in enumerate(clips.samples) if sample not in lost]
+            features.append(inference(frames, function)[rows].clone())
+            labels += [split.videos.labels[split.indices[clips.samples[i].index]] for i in rows]
+            if number % len(sizes) == 0:
+                if labels:
+                    yield Pass(torch.cat(features), torch.tensor(labels, device=inference.device))
+                features, labels = [], []
+
+
+def _by_attention(probe: Probe, train: Known, test: Known) -> Tensor:
+    config, inference = probe.config.attentive, probe.inference
+    size = inference.model.size
+    torch.manual_seed(probe.config.seed)
+    head = AttentiveProbe(size.width, size.heads, probe.num_classes).to(inference.device)
+    steps = -(-len(train.labels) // config.batch_size) * config.epochs
+    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=config.weight_decay)
+    schedule = Schedule(config.lr, 0.0, steps // 10, steps)
+    train_head(head, _tokens(probe, len(train.labels)), optimizer, schedule, _saying("attentive", steps))
+    function = partial(features_of, inference.model, level="token")
+    logits = []
+    for views in _read(probe, probe.test, probe.test.indices):
+        if views.indices:
+            tokens = inference(views.frames.flatten(0, 1), function)
+            with torch.no_grad():
+                logits.append(head(tokens.half().float()).unflatten(0, views.frames.shape[:2]))
+    return average_views(torch.cat(logits))
+
+
+def _tokens(probe: Probe, count: int) -> Iterator[Pass]:
+    """Tokens of the middle clips of count training videos, in minibatches of every epoch: from memory where they fit,
+    else computed anew; through float16 in both cases."""
+    config, inference = probe.config.attentive, probe.inference
+    model, split = inference.model, probe.train
+    size = count * model.input.num_cubes * model.size.width * 2
+    places = (inference.device, torch.device("cpu"))
+    place = next((place for place in places if size <= memory_budget(place) // 2), None)
+    where = f"kept on {place}" if place else "computed anew in every epoch"
+    print(f"attentive: {bytes_text(size)} of tokens, {where}", flush=True)
+    function = partial(features_of, model, level="token")
+
+    def tokens_of(indices: Sequence[int]) -> Iterator[Pass]:
+        for views in _read(probe, split, indices, config.batch_size):
+            if views.indices:
+                tokens = inference(views.frames[:, 0], lambda part: function(part).half())
+                yield Pass(tokens.clone(), probe.labels(split, views.indices))
+
+    if place is None:
+        for epoch in range(config.epochs):
+            order = draw_epoch(len(split.indices), epoch, probe.config.seed)
+            yield from tokens_of([split.indices[number] for number in order])
+        return
+    parts = [(tokens.half().to(place), labels) for tokens, labels in tokens_of(split.indices)]
+    tokens, labels = (torch.cat(each) for each in zip(*parts, strict=True))
+    for numbers in minibatches(len(labels), config.batch_size, config.epochs, probe.config.seed):
+        rows = torch.tensor(numbers)
+        yield Pass(tokens[rows.to(place)].to(inference.device).float(), labels[rows.to(labels.device)])
+
+
+def _saying(method: str, steps: int) -> Callable[[int, Tensor], None]:
+    said = time.monotonic()
+
+    def say(step: int, loss: Tensor) -> None:
+        nonlocal said
+        if time.monotonic() - said > _SAY_EVERY:
+            said = time.monotonic()
+            print(f"{method}: step {step + 1:,} of {steps:,}, loss {loss.item():.4f}", flush=True)
+
+    return say
+
+
+def _report(probe: Probe, found: dict[str, Tensor]) -> int:
+    """The table, and result.json."""
+    labels = found.pop("labels").cpu()
+    lost = probe.unreadable["test"]
+    # those that could not be read are wrong
+    share = len(labels) / (len(labels) + lost)
+    accuracy = {
+        method: {f"top{k}": share * share_right(probabilities, labels, k) for k in (1, 5)}
+        for method, probabilities in found.items()
+    }
+    print(f"\n{'method':<14}{'top-1':>7}{'top-5':>9}")
+    for method, right in accuracy.items():
+        print(f"{method:<14}{right['top1']:7.2f}{right['top5']:9.2f}")
+    guessed = 100 * torch.bincount(labels).max().item() / len(labels)
+    print(f"{'(always the commonest class)':<28}{guessed:.2f}")
+    if probe.config.out is not None:
+        out = Path(probe.config.out).expanduser()
+        text = json.dumps(_result(probe, accuracy, guessed), indent=2) + "\n"
+        write_atomically(out / "result.json", lambda file: file.write_text(text))
+        print(f"\nwritten: {out / 'result.json'}")
+    return 0
+
+
+def _result(probe: Probe, accuracy: dict[str, dict[str, float]], guessed: float) -> dict[str, Any]:
+    sampling = probe.test.reader.sampling
+    splits = {"train": probe.train, "test": probe.test}
+    return {
+        "accuracy": accuracy,
+        "commonest_class": guessed,
+        "classes": probe.num_classes,
+        **{
+            name: {
+                "videos": len(split.videos),
+                "used": len(split.indices),
+                "unreadable": probe.unreadable[name],
+                "list": split.videos.fingerprint,
+            }
+            for name, split in splits.items()
+        },
+        "weights": {"read": probe.weights, "random": probe.config.random, "hash": weights_hash(probe.inference.model)},
+        "sampling": {"kind": sampling.kind, "stride": sampling.stride},
+        "precision": probe.inference.precision,
+        "chosen": probe.chosen,
+        "config": flat(probe.config),
+        "command": sys.argv,
+        **surroundings(),
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
