@@ -4,10 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all bench lint format clean
+.PHONY: demo study test test-all bench lint format clean
 
 demo: $(VENV)/run.stamp  ## render clips, pre-train on them, draw what was learned
 	$(BIN)/python -m train.pretrain
+
+study: $(VENV)/run.stamp  ## does it learn? pre-trained against from scratch, three seeds, a table and a plot
+	$(BIN)/python -m train.study learns
 
 test: $(VENV)/dev.stamp  ## the quick tier, under 3 minutes
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 -m "not long"

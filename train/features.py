@@ -29,7 +29,7 @@ from train.cli import parse_flags, user_errors
 from train.evaluation import weights_hash
 from train.feature_files import FeatureFile, Ledger, begin_of, locked, settle_card
 from train.inference import Inference, encoder_of, read_model
-from train.plan import decoding_cores
+from train.machine import decoding_cores
 from videomae.data import storage
 from videomae.data.dataset import Sample, VideoList, find_videos
 from videomae.data.decode import Decoder, ReaderName
@@ -330,6 +330,8 @@ class _Writer:
 
     def add(self, index: int, rows: np.ndarray) -> int:
         """The video's next rows; how many windows that completed."""
+        if index in self._lost:
+            return 0
         name, dtype = self._videos[index][0].name, self._job.config.dtype
         with np.errstate(over="ignore"):  # refused below
             rows = rows.astype(f"<{np.dtype(dtype).str[1:]}")

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kernels.launch import check
 from train import checkpoint
+from train.machine import decoding_cores, memory_budget, pick_device
 from train.optim import PRECISIONS, resolve_precision
-from train.plan import decoding_cores, memory_budget, pick_device
 from videomae.attention import choose
 from videomae.blocks import set_attention
 from videomae.classifier import Classifier

@@ -83,6 +83,7 @@ def train(run: Run) -> int:
     with stop_signals() as stop, log, loader, feed(loader, run.device, log.say) as batches:
         if first:
             verb.keep(next(batches))
+        verb.begin(run, log)
         saved = done if done else None
         try:
             while done < steps and not stop:

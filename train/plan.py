@@ -1,32 +1,25 @@
-"""Before the first step: devices, threads, free memory, and how a recipe's batch becomes micro-batches that fit.
+"""Before the first step: how a recipe's batch becomes micro-batches that fit.
 
 Also a command, which needs no GPU: what a recipe's step takes of one, for every kind of recomputation.
 
     python -m train.plan k400-huge-1600 --gpu-memory 80 --model.frames 32 --model.image-size 320
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 from kernels.launch import check
 from train.cli import parse, refuse
 from train.finetune_recipes import FinetuneConfig
+from train.machine import SHARE, bytes_text
 from train.memory import Workload, estimate, largest_micro_batch
 from train.recipes import PRETRAIN, PretrainConfig, build
 from videomae.blocks import RECOMPUTE
-from videomae.data.pool import available_cpus
 from videomae.masking import Counts
 from videomae.model import size_of
-
-# of the free memory, what the estimate of a step may take: it is within 15 %, and a GPU holds little else; a CPU's
-# memory is also other processes', the decoding workers', and the cache of files
-_SHARE = {"cuda": 0.85, "cpu": 0.5}
-
 
 PROG = "python -m train.plan"
 
@@ -43,42 +36,6 @@ class BatchPlan:
     @property
     def accumulation(self) -> int:
         return self.clips // self.micro_batch
-
-
-def decoding_cores(device: torch.device) -> int:
-    """Cores that may decode: a GPU waits for as many as there are; a CPU that trains needs half of them itself."""
-    cpus = available_cpus()
-    return max(cpus - 1 if device.type == "cuda" else cpus // 2, 1)
-
-
-def pick_device(wanted: str | None) -> torch.device:
-    """cuda where there is one, else cpu; ValueError when cuda is asked for and there is none."""
-    has_gpu = torch.cuda.is_available()
-    check(wanted != "cuda" or has_gpu, "no GPU that torch can use; --device cpu, or install the CUDA build of torch")
-    return torch.device(wanted or ("cuda" if has_gpu else "cpu"))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on the device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    pages = {}
-    info = Path("/proc/meminfo")
-    if not info.exists():
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    for line in info.read_text().splitlines():
-        name, value = line.split(":")
-        pages[name] = int(value.split()[0]) * 1024
-    free = pages["MemAvailable"]
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and (most := limit.read_text().strip()) != "max":
-        free = min(free, int(most) - int(used.read_text()))
-    return free
-
-
-def memory_budget(device: torch.device) -> int:
-    """Bytes that a step may be planned to take: a share of the free ones."""
-    return int(free_memory(device) * _SHARE[device.type])
 
 
 def plan_batch(
@@ -150,11 +107,6 @@ def finetune_workload(
     )
 
 
-def bytes_text(size: int) -> str:
-    """`12.3 GB`, `45 MB`."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
-
-
 def _table(work: Workload, clips: int, budget: int) -> list[str]:
     lines = ["recompute   1 clip      most clips   a step of this recipe"]
     for recompute in RECOMPUTE:
@@ -192,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with torch.device("meta"):
         num_parameters = sum(p.numel() for p in build(config.model).parameters())
     precision = "bfloat16" if config.precision == "auto" else config.precision
-    work, budget = workload(config, num_parameters, precision), int(memory * 1e9 * _SHARE["cuda"])
+    work, budget = workload(config, num_parameters, precision), int(memory * 1e9 * SHARE["cuda"])
     (height, width), counts = work.input.size, work.counts
     print(
         f"{config.recipe}: {config.model.size}, decoder depth {work.decoder_depth}, {num_parameters / 1e6:.1f} M "

@@ -122,7 +122,7 @@ def _predictions(prepared: _Prepared, average: Any) -> Iterator[tuple[str, Tenso
         if views.indices:
             logits = inference(views.frames.flatten(0, 1)).unflatten(0, views.frames.shape[:2])
             found |= dict(zip(views.indices, average_views(logits, average).cpu(), strict=True))
-        yield from ((paths[index], found[index]) for index in sorted(found))
+        yield from ((paths[index], value) for index, value in found.items())
 
 
 def _say(path: str, probabilities: Tensor, classes: tuple[str, ...], options: argparse.Namespace) -> None:

@@ -4,13 +4,16 @@ What pre-training adds to the loop of train/loop.py: masks, the pixel loss, reco
 tells whether something is learned.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from kernels.launch import check
+from train.inference import Reading
 from train.log import RunLog
 from train.loop import command
 from train.memory import Workload
@@ -18,6 +21,7 @@ from train.objective import PretrainObjective
 from train.optim import PRECISIONS
 from train.picture import draw_reconstruction, reconstruct
 from train.plan import workload
+from train.probing import OnlineProbe
 from train.recipes import PRETRAIN, PretrainConfig, build
 from train.run import Run, check_reader, demo_list, warn_of
 from train.verb import Verb
@@ -25,6 +29,7 @@ from videomae.data import storage
 from videomae.data.dataset import Order, Sample, VideoList, find_videos
 from videomae.data.feed import OnDevice
 from videomae.data.readers import ClipReader
+from videomae.data.sampling import Sampling
 from videomae.model import Input, VideoMAE, size_of
 
 _PREVIEWS = 3  # clips in the reconstruction picture
@@ -40,6 +45,7 @@ class Pretraining(Verb[PretrainConfig]):
     """One pre-training run."""
 
     name = "pretrain"
+    _probe: OnlineProbe | None = None
     _preview: tuple[Tensor, Tensor] | None = None  # frames and mask keys of the picture's clips, on the host
 
     @property
@@ -81,7 +87,11 @@ class Pretraining(Verb[PretrainConfig]):
         }
 
     def build(self) -> VideoMAE:
-        return build(self.config.model)
+        model = build(self.config.model)
+        # which frames the weights have seen, for whoever uses them
+        model.input = replace(model.input, sampling=Sampling("dense", self.config.sampling.stride))
+        model.encoder.input = model.input
+        return model
 
     def initialize(self, model: nn.Module) -> None: ...
 
@@ -114,6 +124,21 @@ class Pretraining(Verb[PretrainConfig]):
             decoder=config.data.decoder,
         )
 
+    def ready(self, run: Run) -> None:
+        config = self.config
+        if config.probe.data is None:
+            return
+        storage.configure(config.data.cache_of(config.data.path))
+        self._probe = OnlineProbe(
+            config.probe,
+            self.input,
+            Sampling("dense", config.sampling.stride),
+            seed=config.seed,
+            reading=Reading(run.workers, config.loader, config.data.cache_of(config.probe.data)),
+            decoder=config.data.decoder,
+            say=lambda text: print(text, file=sys.stderr),
+        )
+
     def describe(self, run: Run) -> list[str]:
         config, model = self.config, self.config.model
         millions = sum(p.numel() for p in run.model.parameters()) / 1e6
@@ -125,7 +150,14 @@ class Pretraining(Verb[PretrainConfig]):
         return [
             f"model     {model.size}, decoder depth {model.decoder_depth}: {millions:.1f} M parameters",
             f"clip      {model.frames} x {height} x {width}, stride {config.sampling.stride}; {hides}",
+            *self._describe_probe(),
         ]
+
+    def _describe_probe(self) -> list[str]:
+        if self._probe is None:
+            return []
+        train, test = self._probe.counts
+        return [f"probe     every {self.config.probe.every} steps, {train:,} labelled clips tell {test:,} others apart"]
 
     def first(self, run: Run) -> list[Sample]:
         views = self.config.data.views_per_decode
@@ -136,6 +168,10 @@ class Pretraining(Verb[PretrainConfig]):
         readable = batch.weight > 0
         self._preview = batch.frames[readable].cpu(), batch.keys[readable].cpu()
 
+    def begin(self, run: Run, log: RunLog) -> None:
+        if run.start == 0:
+            self._look(run, log, 0)
+
     def inputs(self, run: Run, batch: OnDevice, step: int) -> dict[str, Tensor]:
         return {"frames": batch.frames, "keys": batch.keys}
 
@@ -143,6 +179,20 @@ class Pretraining(Verb[PretrainConfig]):
         if done % self.config.log.picture_every == 0 or done == run.schedule.steps:
             with log.pause():
                 self._picture(run, done)
+
+        if done % self.config.probe.every == 0 or done == run.schedule.steps:
+            self._look(run, log, done)
+
+    def _look(self, run: Run, log: RunLog, done: int) -> None:
+        """What the features are worth after so many steps, where the user wants to know."""
+        if self._probe is None:
+            return
+        assert isinstance(run.model, VideoMAE)
+        with log.pause():
+            found = self._probe.probe(run.model, PRECISIONS[run.precision])
+            log.evaluated(done, found)
+        text = ", ".join(f"{name.removeprefix('probe_')} {value:.1f} %" for name, value in found.items())
+        log.say(f"probe after step {done}: {text}")
 
     @torch.no_grad()
     def _picture(self, run: Run, done: int) -> None:

@@ -26,8 +26,8 @@ from kernels.launch import check
 from train.cli import flat, parse_flags, user_errors
 from train.evaluation import view_reader, weights_hash
 from train.inference import Inference, Reading, encoder_of, find_weights, read_model, read_views
+from train.machine import bytes_text, memory_budget
 from train.optim import Schedule
-from train.plan import bytes_text, memory_budget
 from train.probe_config import Method, ProbeConfig
 from train.probing import (
     AttentiveProbe,
@@ -244,9 +244,12 @@ def _by_paper(probe: Probe, train: Known, test: Known) -> Tensor:
     config, count = probe.config.paper, len(probe.train.indices)
     batch = min(config.batch_size, count)
     steps = max(config.epochs * count // batch, 1)
-    head = nn.Linear(train.features.shape[-1], probe.num_classes, device=probe.inference.device)
-    nn.init.zeros_(head.weight)  # the problem is convex
-    nn.init.zeros_(head.bias)
+    width = train.features.shape[-1]
+    linear = nn.Linear(width, probe.num_classes)
+    nn.init.zeros_(linear.weight)  # the problem is convex
+    nn.init.zeros_(linear.bias)
+    norm = nn.BatchNorm1d(width, affine=False) if config.batch_norm else nn.Identity()
+    head = nn.Sequential(norm, linear).to(probe.inference.device)
     optimizer = torch.optim.SGD(head.parameters(), momentum=0.9)
     schedule = Schedule(config.lr, 0.0, steps * config.warmup_epochs // config.epochs, steps)
     probe.chosen |= {"paper.batch_size": batch, "paper.steps": steps}
@@ -254,7 +257,7 @@ def _by_paper(probe: Probe, train: Known, test: Known) -> Tensor:
         print(f"note: linear-paper: {batch} videos are fewer than a batch: {steps} steps in all", file=sys.stderr)
     train_head(head, _augmented(probe, batch, steps), optimizer, schedule, _saying("linear-paper", steps))
     with torch.no_grad():
-        return average_views(head(test.features))
+        return average_views(head(test.features.flatten(0, 1)).unflatten(0, test.features.shape[:2]))
 
 
 def _augmented(probe: Probe, batch: int, steps: int) -> Iterator[Pass]:
@@ -290,7 +293,7 @@ def _augmented(probe: Probe, batch: int, steps: int) -> Iterator[Pass]:
             features.append(inference(frames, function)[rows].clone())
             labels += [split.videos.labels[split.indices[clips.samples[i].index]] for i in rows]
             if number % len(sizes) == 0:
-                if labels:
+                if len(labels) > 1:  # of one alone, batch norm has no deviation
                     yield Pass(torch.cat(features), torch.tensor(labels, device=inference.device))
                 features, labels = [], []
 

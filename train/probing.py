@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from kernels.launch import check
 from train.inference import Reading, encoder_of, read_views
+from train.machine import bytes_text, memory_budget
 from train.optim import Schedule
-from train.plan import bytes_text, memory_budget
 from videomae.data.augment import Augment, crop_resize, multi_scale_crop
 from videomae.data.dataset import CROP, FRAMES, ORDER, Sample
 from videomae.data.decode import Decoder, UnreadableVideo, Video
@@ -130,11 +130,15 @@ def choose_l2(features: Tensor, labels: Tensor, num_classes: int, *, seed: int =
 
 
 class AttentiveProbe(nn.Module):
-    """One learned query that attends to the frozen tokens, in as many heads as the encoder has, and a linear layer."""
+    """One learned query that attends to the frozen tokens, in as many heads as the encoder has, and a linear layer.
+
+    Each feature of the tokens is first brought to mean 0 and deviation 1 over the training tokens.
+    """
 
     def __init__(self, width: int, heads: int, num_classes: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)  # a classifier's tokens have none
+        # what tells videos apart is small beside what all tokens share, which a LayerNorm in this place would leave in
+        self.norm = nn.BatchNorm1d(width, affine=False)
         self.query = nn.Parameter(torch.empty(heads, 1, width // heads))
         self.key_value = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, num_classes)
@@ -145,7 +149,8 @@ class AttentiveProbe(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, C] of tokens [B, N, D]."""
         heads, _, width = self.query.shape
-        keys_values = self.key_value(self.norm(tokens)).unflatten(-1, (2, heads, width))
+        normed = self.norm(tokens.flatten(0, 1)).view_as(tokens)
+        keys_values = self.key_value(normed).unflatten(-1, (2, heads, width))
         key, value = keys_values.permute(2, 0, 3, 1, 4)  # [B, A, N, d] each
         pooled = functional.scaled_dot_product_attention(self.query.expand(len(tokens), -1, -1, -1), key, value)
         return self.head(pooled.flatten(1))

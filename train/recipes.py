@@ -14,6 +14,7 @@ from train.checkpoint import Checkpointing
 from train.config import Data, RunConfig
 from train.log import Logging
 from train.optim import Optim
+from train.probing import Probing
 from videomae import masking
 from videomae.blocks import RECOMPUTE, Recompute, set_recompute
 from videomae.data.augment import Augment
@@ -116,6 +117,7 @@ class PretrainConfig(RunConfig):
     sampling: Sampling = field(default_factory=Sampling)
     augment: Augment = field(default_factory=Augment)
     target: Target = field(default_factory=Target)
+    probe: Probing = field(default_factory=Probing)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,8 +15,9 @@ from train import checkpoint, record
 from train.cli import flat
 from train.config import Data, RunConfig
 from train.engine import Objective, check_engine
+from train.machine import bytes_text, decoding_cores, memory_budget, pick_device
 from train.optim import PRECISIONS, Schedule, Updater, resolve_precision, schedule
-from train.plan import BatchPlan, bytes_text, decoding_cores, memory_budget, pick_device, plan_batch
+from train.plan import BatchPlan, plan_batch
 from train.verb import Verb
 from train.waiting import Supply
 from videomae.attention import Choice, choose
@@ -31,11 +32,11 @@ from videomae.data.torchcodec_reader import check_parity
 # what may differ between the parts of one run: nothing here changes a clip. steps and epochs change the learning rates
 # still to come; micro_batch, device and how a step is computed the rounding
 _FREE = (
-    *("data.path", "data.cache", "data.cache_gb"),
+    *("data.path", "data.val", "data.cache", "data.cache_gb", "validate_every"),
     *("out", "epochs", "steps", "micro_batch", "workers", "device", "resume", "optim.max_nonfinite"),
     *("engine", "attention", "model.recompute", "model.short_last_layer"),
 )
-_FREE_SECTIONS = ("loader.", "log.", "checkpoint.")
+_FREE_SECTIONS = ("loader.", "log.", "checkpoint.", "probe.")
 
 
 @dataclass
@@ -132,6 +133,7 @@ def prepare(verb: Verb) -> tuple[Run, Path | None]:
         *(verb, config, out, videos, device, precision, workers, plan, lengths, model, objective, updater),
         *(attention, start),
     )
+    verb.ready(run)
     if config.resume == "never":
         record.move_aside(out)
     if not found:

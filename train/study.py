@@ -30,8 +30,8 @@ from videomae.data.dataset import find_videos
 from videomae.data.pool import available_cpus
 
 PROG = "python -m train.study"
-# of a base learning rate for training from nothing, whose best counts: the fine-tuning recipe's, less and more
-_SCRATCH_RATES = (1 / 3, 1.0, 3.0)
+# for training from nothing, times the fine-tuning recipe's learning rate; the best of them counts
+_SCRATCH_RATES = (1.0, 3.0, 10.0)
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def learns(config: StudyConfig, folder: Path) -> list[Job]:
     """The runs of the study."""
     labelled = _labelled_part(config, folder)
-    val = str(demo_list("test").resolve())
-    data = ("--data", str(labelled), "--data.val", val, "--epochs", f"{config.epochs:g}")
+    data = ("--data", str(labelled), "--epochs", f"{config.epochs:g}")
     steps = () if config.steps is None else ("--steps", str(config.steps))
     jobs = []
     for seed in range(config.seeds):
@@ -121,7 +120,7 @@ def learns(config: StudyConfig, folder: Path) -> list[Job]:
             name = f"scratch-{i}-{seed}"
             rate = ("--optim.base-lr", f"{factor * _base_rate():.6g}")
             jobs.append(Job(name, (*tune, *rate, "--out", str(folder / name))))
-        jobs += _probes(seed, before, labelled, val, folder)
+        jobs += _probes(seed, before, labelled, folder)
     # the long ones first: the others fill the gaps
     return sorted(jobs, key=lambda job: not job.name.startswith("pretrain"))
 
@@ -132,31 +131,29 @@ def _base_rate() -> float:
     return demo().optim.base_lr
 
 
-def _probes(seed: int, before: Path, labelled: Path, val: str, folder: Path) -> list[Job]:
+def _probes(seed: int, before: Path, labelled: Path, folder: Path) -> list[Job]:
     """Nearest neighbours and linear classifier on frozen features, pre-trained and untrained."""
     jobs = []
     for name, flags in (("probe", ()), ("untrained", ("--random",))):
         out = folder / f"{name}-{seed}"
-        arguments = ("train.probe", "--weights", str(before), *flags, "--data", str(labelled), "--data.val", val)
+        arguments = ("train.probe", "--weights", str(before), *flags, "--data", str(labelled))
         arguments += ("--method", "knn", "linear", "--seed", str(seed), "--workers", "1", "--out", str(out))
         jobs.append(Job(out.name, arguments, (before.name,)))
     return jobs
 
 
 def _labelled_part(config: StudyConfig, folder: Path) -> Path:
-    """A list of the first labelled clips of the demo, whose classes take turns."""
-    source = demo_list()
-    videos = find_videos(source)
-    check(config.labels <= len(videos), f"labels must be at most {len(videos)}; got {config.labels}")
-    assert videos.labels is not None
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "labelled.csv"
-    pairs = list(zip(videos.paths, videos.labels, strict=True))[: config.labels]
-    path.write_text("".join(f"{video} {label}\n" for video, label in pairs))
-    names = source.with_name("classes.txt")
-    if names.exists():
-        path.with_name("classes.txt").write_text(names.read_text())
-    return path
+    """A folder of lists: the first labelled clips of the demo, whose classes take turns, and its test clips."""
+    home = folder / "labelled"
+    home.mkdir(parents=True, exist_ok=True)
+    for split, most in (("train", config.labels), ("test", None)):
+        videos = find_videos(demo_list(split))
+        check(most is None or most <= len(videos), f"labels must be at most {len(videos)}; got {most}")
+        assert videos.labels is not None
+        pairs = list(zip(videos.paths, videos.labels, strict=True))[:most]
+        (home / f"{split}.csv").write_text("".join(f"{video} {label}\n" for video, label in pairs))
+    (home / "classes.txt").write_text((demo_list().with_name("classes.txt")).read_text())
+    return home
 
 
 def read_rows(config: StudyConfig, folder: Path) -> list[Row]:

@@ -73,6 +73,9 @@ class Verb(ABC, Generic[C]):
     @abstractmethod
     def reader(self) -> Reader: ...
 
+    def ready(self, run: "Run") -> None:
+        """The last of what can be refused, with ValueError, once everything else is there."""
+
     def fingerprint(self, videos: VideoList) -> str:
         """What a resumed run must find again."""
         return videos.fingerprint
@@ -93,6 +96,9 @@ class Verb(ABC, Generic[C]):
 
     def keep(self, batch: OnDevice) -> None:
         """Take those clips; their memory is used anew afterwards."""
+
+    def begin(self, run: "Run", log: "RunLog") -> None:
+        """Before the first step of this part of the run."""
 
     @abstractmethod
     def inputs(self, run: "Run", batch: OnDevice, step: int) -> dict[str, Tensor]:

@@ -30,8 +30,8 @@ from videomae.data.sampling import Sampling
 SIZE = "--model.size vit_tiny --model.frames 4 --model.image-size 16 --model.cube 2 8 8"
 FAST = f"demo {SIZE} --batch-size 4 --workers 0 --log.every 1 --log.tensorboard false --checkpoint.keep 9".split()
 # everything that is drawn: two views, RandAugment, erasing, mixing, drop path, dropout
-ALL = "--data.views-per-decode 2 --rand-augment.ops 4 --erasing.probability 0.5 --mix.probability 1".split()
-ALL += "--model.drop-path 0.2 --model.head-dropout 0.5 --ema 0.5".split()
+ALL = ["--data.views-per-decode", "2", "--rand-augment.ops", "4", "--erasing.probability", "0.5"]
+ALL += ["--mix.probability", "1", "--model.drop-path", "0.2", "--model.head-dropout", "0.5", "--ema", "0.5"]
 COLOURS = {"blue": (20, 40, 230), "green": (20, 220, 40), "red": (230, 30, 20)}
 
 

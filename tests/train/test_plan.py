@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from train.machine import free_memory, pick_device
 from train.memory import Workload, estimate
-from train.plan import free_memory, main, pick_device, plan_batch
+from train.plan import main, plan_batch
 from videomae.blocks import RECOMPUTE
 from videomae.data.pool import available_cpus
 from videomae.masking import counts

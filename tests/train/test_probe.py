@@ -13,7 +13,7 @@ from train import probe as command
 from train.evaluation import weights_hash
 from train.probe import Known, main
 from train.probe_config import ProbeConfig
-from train.probing import STRENGTHS, fit_linear, knn_probabilities
+from train.probing import STRENGTHS, Pass, fit_linear, knn_probabilities, share_right
 from videomae.data.augment import resize_short
 from videomae.data.decode import Video
 from videomae.data.sampling import Sampling
@@ -172,6 +172,21 @@ def test_augmented_batches_have_the_size_and_labels_asked_for(videos, weights, m
     assert torch.equal(counts, 2 * torch.bincount(wanted, minlength=3))
     # crops differ from epoch to epoch
     assert not torch.equal(passes[0].inputs, passes[2].inputs)
+
+
+def test_the_papers_probe_can_have_batch_norm(videos, weights, monkeypatch):
+    # features that share a large mean
+    torch.manual_seed(0)
+    features, labels = torch.randn(21, 1, 64), torch.arange(21) % 3
+    features[:, 0, 0] += 3 * labels
+    features[:, 0] = 0.01 * features[:, 0] + 5
+    known, right = Known(features, labels), {}
+    for flag in ("--no-paper.batch-norm", "--paper.batch-norm"):
+        probe = prepared(videos, weights, flag, "--paper.lr", 0.1)
+        monkeypatch.setattr(command, "_augmented", lambda *_: [Pass(features[:, 0], labels)] * 100)
+        right[flag] = share_right(command._by_paper(probe, known, known), labels)
+    assert right["--no-paper.batch-norm"] < 60
+    assert right["--paper.batch-norm"] == 100
 
 
 def test_unreadable_test_videos_are_an_error_or_wrong_as_asked(videos, weights, tmp_path, capsys):

@@ -32,8 +32,8 @@ def test_a_video_that_could_not_be_read_is_wrong_and_confused_with_nothing():
 
 
 def test_top_5_is_not_top_8():
-    # label 7 comes last, label 4 fifth
-    made = score(rows([7, 4, 3], [0, 0, 0], 8), tuple("abcdefgh"))
+    # label 4 comes fifth, 5 sixth, 7 last
+    made = score(rows([7, 5, 4, 3], [0, 0, 0, 0], 8), tuple("abcdefgh"))
     assert made.right5.tolist() == [0, 0, 0, 1, 1, 0, 0, 0]
 
 

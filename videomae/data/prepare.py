@@ -27,9 +27,10 @@ from tqdm import tqdm
 
 from kernels.launch import check
 from videomae.data.dataset import find_videos
+from videomae.data.labelled import CLASSES
 from videomae.data.pool import Outcome, available_cpus, perform_all
 from videomae.data.prepare_estimate import check_space, estimate, gigabytes
-from videomae.data.prepare_sample import Encoding, Preparing, Task, refuse
+from videomae.data.prepare_sample import Encoding, Preparing, Task, refuse, write_text
 from videomae.data.prepare_set import Plan, finish, join, keys_of, locked, source_names, sweep, undone
 from videomae.data.shards import is_prepared
 
@@ -125,6 +126,7 @@ def _prepare(options: argparse.Namespace) -> int:
     plan.check_same()
     with locked(plan, shards) as lock:
         sweep(plan, shards)
+        _copy_classes(Path(options.source).expanduser().resolve(), plan.out)
         try:
             _work(plan, shards, options)
         finally:
@@ -135,6 +137,13 @@ def _prepare(options: argparse.Namespace) -> int:
     done = sum(plan.is_done(shard) for shard in range(plan.num_shards))
     print(f"part {part}/{parts} is done; {done} of {plan.num_shards} shards of the set are, the others' jobs remain")
     return 0
+
+
+def _copy_classes(source: Path, out: Path) -> None:
+    """The classes' names go with the labels, where there are any."""
+    names = (source if source.is_dir() else source.parent) / CLASSES
+    if names.is_file():
+        write_text(out / CLASSES, names.read_text(encoding="utf-8"))
 
 
 def _plan(options: argparse.Namespace) -> tuple[Plan, int, int]:

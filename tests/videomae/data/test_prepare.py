@@ -127,7 +127,9 @@ def test_prepares_a_list_with_labels_and_says_what_was_refused(tmp_path, capsys)
     names = [*(f"{k:02d}.mp4" for k in range(5)), "text.mp4", "empty.mp4", "dir.mp4", "gone.mp4"]
     listed = videos / "train.csv"
     listed.write_text("".join(f"{name} {k}\n" for k, name in enumerate(names)))
+    (videos / "classes.txt").write_text("boil\nchop\n")
     assert run(listed, tmp_path / "out", "--shard-videos", 3) == 0
+    assert (tmp_path / "out" / "classes.txt").read_text() == "boil\nchop\n"
     said = capsys.readouterr().out
     index = read_index(tmp_path / "out")
     assert index.sources == tuple(names[:5])
