@@ -209,7 +209,9 @@ class Finetuning(Verb[FinetuneConfig]):
         keys = host.keys.tolist()
         frames = batch.frames
         if config.erasing.probability > 0:
-            frames = normalize(frames, self.input.mean, self.input.std)
+            # the model's own constants, which may be the weights'
+            assert isinstance(run.model, Classifier)
+            frames = normalize(frames, run.model.input.mean, run.model.input.std)
             boxes = [draw_erasing(config.erasing, each, self.input.size) for each in keys]
             erase(frames, boxes, keys)
         inputs = {"frames": frames, "labels": labels}

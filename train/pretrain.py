@@ -128,7 +128,7 @@ class Pretraining(Verb[PretrainConfig]):
         config = self.config
         if config.probe.data is None:
             return
-        storage.configure(config.data.cache_of(config.data.path))
+        storage.configure(config.data.cache_of(config.probe.data))
         self._probe = OnlineProbe(
             config.probe,
             self.input,

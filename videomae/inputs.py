@@ -71,7 +71,7 @@ def choose_positions(
 def adopt(model: VideoMAE | Encoder, stated: Stated) -> list[str]:
     """Take over the normalisation, and the sampling where the model's is not known; messages about both."""
     messages = []
-    if stated.mean is not None and stated.std is not None:
+    if stated.mean is not None and stated.std is not None and (stated.mean, stated.std) != _normalization(model):
         set_normalization(model, stated.mean, stated.std)
         messages.append(f"frames are normalised with the file's mean {stated.mean} and std {stated.std}")
     ours, theirs = model.input.sampling, stated.sampling
@@ -80,6 +80,10 @@ def adopt(model: VideoMAE | Encoder, stated: Stated) -> list[str]:
     elif theirs not in (None, ours):
         messages.append(f"the file's sampling: {theirs}, the model's, which stays: {ours}")
     return messages
+
+
+def _normalization(model: VideoMAE | Encoder) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return model.input.mean, model.input.std
 
 
 def _by(grid: tuple[int, int, int]) -> str:

@@ -181,11 +181,11 @@ def test_the_papers_probe_can_have_batch_norm(videos, weights, monkeypatch):
     features[:, 0, 0] += 3 * labels
     features[:, 0] = 0.01 * features[:, 0] + 5
     known, right = Known(features, labels), {}
-    for flag in ("--no-paper.batch-norm", "--paper.batch-norm"):
+    for flag in ("--paper.no-batch-norm", "--paper.batch-norm"):
         probe = prepared(videos, weights, flag, "--paper.lr", 0.1)
         monkeypatch.setattr(command, "_augmented", lambda *_: [Pass(features[:, 0], labels)] * 100)
         right[flag] = share_right(command._by_paper(probe, known, known), labels)
-    assert right["--no-paper.batch-norm"] < 60
+    assert right["--paper.no-batch-norm"] < 60
     assert right["--paper.batch-norm"] == 100
 
 
