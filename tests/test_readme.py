@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from train.finetune_recipes import FINETUNE
 from train.recipes import PRETRAIN
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,8 +28,8 @@ def test_the_road_leads_through_files_that_exist():
 
 
 def test_every_recipe_and_command_is_named():
-    for name in PRETRAIN:
-        assert f"`{name}`" in README or f"pretrain {name}" in README, name
+    for name in (*PRETRAIN, *FINETUNE):
+        assert f"`{name}`" in README or f"train {name}" in README, name
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     assert {"demo", "test", "test-all", "bench", "lint"} <= targets
     for target in re.findall(r"(?:^|`)make ([a-z-]+)", README, re.M):

@@ -11,9 +11,11 @@ from train.checkpoint import Checkpointing
 from train.engine import EngineName
 from train.log import Logging
 from train.optim import Optim
+from videomae.blocks import RECOMPUTE, Recompute
 from videomae.data import storage
 from videomae.data.decode import Decoder, ReaderName
 from videomae.data.loader import LoaderConfig
+from videomae.model import Input, size_of
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,31 @@ class Data:
         if path is None or not storage.is_url(path):
             return None
         return storage.CacheConfig(str(Path(self.cache).expanduser()), self.cache_gb)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which transformer is trained, on what clips."""
+
+    size: str = "vit_base"  # vit_tiny, vit_mini, vit_small, vit_base, vit_large or vit_huge
+    frames: int = 16
+    image_size: int | tuple[int, int] = 224  # pixels: the side of a square, or height and width
+    cube: tuple[int, int, int] = (2, 16, 16)  # frames, height, width of a token
+    # what the backward pass computes anew instead of keeping it: norms, the outputs of LayerNorm and GELU; mlp, every
+    # MLP; block, all but the blocks' inputs, for a third more time
+    recompute: Recompute = "none"
+
+    def __post_init__(self) -> None:
+        size_of(self.size)
+        check(
+            self.recompute in RECOMPUTE,
+            f"model.recompute must be one of {', '.join(RECOMPUTE)}; got {self.recompute!r}",
+        )
+        _ = self.input
+
+    @property
+    def input(self) -> Input:
+        return Input(self.frames, self.image_size, self.cube)
 
 
 @dataclass(frozen=True)

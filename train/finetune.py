@@ -183,6 +183,7 @@ class Finetuning(Verb[FinetuneConfig]):
 
     def describe(self, run: Run) -> list[str]:
         config, model = self.config, self.config.model
+        height, width = self.input.size
         millions = sum(p.numel() for p in run.model.parameters()) / 1e6
         sampling = (
             f"stride {config.sampling.stride}" if config.sampling.kind == "dense" else "one of each part of the video"
@@ -193,7 +194,7 @@ class Finetuning(Verb[FinetuneConfig]):
             f"classes   {len(self.train_set.classes)}; validation {val}",
             f"model     {model.size}: {millions:.1f} M parameters",
             *(f"weights   {line.strip()}" for line in self._report),
-            f"clip      {model.frames} x {model.image_size} x {model.image_size}, {sampling}; {flip}",
+            f"clip      {model.frames} x {height} x {width}, {sampling}; {flip}",
         ]
 
     def facts(self) -> dict[str, Any]:

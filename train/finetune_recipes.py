@@ -13,14 +13,13 @@ import tyro
 
 from kernels.launch import check
 from train.checkpoint import Checkpointing
-from train.config import Data, RunConfig
+from train.config import Data, Model, RunConfig
 from train.log import Logging
 from train.optim import FinetuneOptim
-from videomae.blocks import RECOMPUTE, Recompute
+from videomae.blocks import Recompute
 from videomae.data.mix import Erasing, Mixing
 from videomae.data.rand_augment import RandAugment
 from videomae.data.sampling import Sampling
-from videomae.model import Input, size_of
 
 
 @dataclass(frozen=True)
@@ -34,32 +33,19 @@ class FinetuneData(Data):
 
 
 @dataclass(frozen=True)
-class FinetuneModel:
-    """Which model is trained."""
+class FinetuneModel(Model):
+    """Which model is trained; its clips are square."""
 
-    size: str = "vit_base"  # vit_tiny, vit_small, vit_base, vit_large or vit_huge
-    frames: int = 16
-    image_size: int = 224  # pixels of the square's side
-    cube: tuple[int, int, int] = (2, 16, 16)  # frames, height, width of a token
     drop_path: float = 0.1  # of the last block; less in proportion in those before it
     head_dropout: float = 0.0  # on the pooled feature
     init_scale: float = 0.001  # of the head's first weights
-    # what the backward pass computes anew instead of keeping it; see train.pretrain
-    recompute: Recompute = "none"
 
     def __post_init__(self) -> None:
-        size_of(self.size)
+        super().__post_init__()
+        height, width = self.input.size
+        check(height == width, f"model.image-size must be that of a square; got {height} x {width}")
         check(0 <= self.drop_path < 1, f"model.drop-path must be in [0, 1); got {self.drop_path}")
         check(0 <= self.head_dropout < 1, f"model.head-dropout must be in [0, 1); got {self.head_dropout}")
-        check(
-            self.recompute in RECOMPUTE,
-            f"model.recompute must be one of {', '.join(RECOMPUTE)}; got {self.recompute!r}",
-        )
-        _ = self.input
-
-    @property
-    def input(self) -> Input:
-        return Input(self.frames, self.image_size, self.cube)
 
 
 @dataclass(frozen=True)

@@ -11,46 +11,30 @@ from typing import Literal
 
 from kernels.launch import check
 from train.checkpoint import Checkpointing
-from train.config import Data, RunConfig
+from train.config import Data, Model, RunConfig
 from train.log import Logging
 from train.optim import Optim
 from train.probing import Probing
 from videomae import masking
-from videomae.blocks import RECOMPUTE, Recompute, set_recompute
+from videomae.blocks import Recompute, set_recompute
 from videomae.data.augment import Augment
-from videomae.model import Input, VideoMAE, pretrain_model, size_of
+from videomae.model import VideoMAE, pretrain_model
 
 
 @dataclass(frozen=True)
-class Model:
+class PretrainModel(Model):
     """Which model is trained."""
 
-    size: str = "vit_base"  # vit_tiny, vit_small, vit_base, vit_large or vit_huge
-    frames: int = 16
-    image_size: int | tuple[int, int] = 224  # pixels: the side of a square, or height and width
-    cube: tuple[int, int, int] = (2, 16, 16)  # frames, height, width of a token
     decoder_depth: int = 4
-    # what the backward pass computes anew instead of keeping it: norms, the outputs of LayerNorm and GELU; mlp, every
-    # MLP; block, all but the blocks' inputs, for a third more time
-    recompute: Recompute = "none"
     # the decoder's last layer works for the cubes it predicts only; off: for all, to compare
     short_last_layer: bool = True
 
     def __post_init__(self) -> None:
-        size_of(self.size)
+        super().__post_init__()
         check(self.decoder_depth >= 1, f"model.decoder-depth must be at least 1; got {self.decoder_depth}")
-        check(
-            self.recompute in RECOMPUTE,
-            f"model.recompute must be one of {', '.join(RECOMPUTE)}; got {self.recompute!r}",
-        )
-        _ = self.input
-
-    @property
-    def input(self) -> Input:
-        return Input(self.frames, self.image_size, self.cube)
 
 
-def build(config: Model) -> VideoMAE:
+def build(config: PretrainModel) -> VideoMAE:
     """A fresh model, set as the configuration says."""
     model = pretrain_model(
         config.size,
@@ -112,7 +96,7 @@ class PretrainConfig(RunConfig):
     decoder_mask: Literal["none", "running-cell"] = "none"
     decoder_ratio: float = 0.5
     data: PretrainData = field(default_factory=PretrainData)
-    model: Model = field(default_factory=Model)
+    model: PretrainModel = field(default_factory=PretrainModel)
     mask: Masking = field(default_factory=Masking)
     sampling: Sampling = field(default_factory=Sampling)
     augment: Augment = field(default_factory=Augment)
@@ -141,7 +125,7 @@ def demo() -> PretrainConfig:
         steps=1800,
         batch_size=64,
         data=PretrainData(views_per_decode=2),
-        model=Model("vit_mini", frames=8, image_size=32, cube=(2, 8, 8), decoder_depth=2),
+        model=PretrainModel("vit_mini", frames=8, image_size=32, cube=(2, 8, 8), decoder_depth=2),
         mask=Masking(ratio=0.75),
         sampling=Sampling(stride=1),
         optim=Optim(base_lr=8e-3, min_lr=8e-5),
@@ -160,7 +144,7 @@ def tiny() -> PretrainConfig:
         recipe="tiny",
         steps=2000,
         batch_size=4,
-        model=Model("vit_tiny", image_size=112, decoder_depth=3),
+        model=PretrainModel("vit_tiny", image_size=112, decoder_depth=3),
         mask=Masking(ratio=0.75),
         data=PretrainData(views_per_decode=4),
         sampling=Sampling(stride=4),
@@ -187,7 +171,7 @@ def _published(
         recipe=recipe,
         epochs=epochs,
         batch_size=batch_size,
-        model=Model(size, decoder_depth=decoder_depth, recompute=recompute),
+        model=PretrainModel(size, decoder_depth=decoder_depth, recompute=recompute),
         mask=Masking(ratio=ratio),
         sampling=Sampling(stride=stride),
         optim=Optim(base_lr=base_lr),
