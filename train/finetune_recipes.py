@@ -96,7 +96,7 @@ class FinetuneConfig(RunConfig):
 
 
 def demo() -> FinetuneConfig:
-    """Tiny model on the demo's clips, 12 classes of motion: a minute on a CPU.
+    """Tiny model on the demo's clips, 12 classes of motion: minutes on a CPU.
 
     python -m train.finetune --weights runs/pretrain-demo
     """

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.launch import check
+from train.finetune_recipes import FINETUNE
 from train.inference import Reading
 from train.log import RunLog
 from train.loop import command
@@ -215,7 +216,10 @@ class Pretraining(Verb[PretrainConfig]):
 
     def results(self, run: Run, checkpoint: Path) -> list[str]:
         pictures = sorted((run.out / "samples").glob("*.png"))
-        return [f"reconstruction  {pictures[-1]}"] if pictures else []
+        lines = [f"reconstruction  {pictures[-1]}"] if pictures else []
+        recipe = self.config.recipe if self.config.recipe in FINETUNE else "RECIPE"
+        data = "" if recipe == "demo" else " --data LABELLED"
+        return [*lines, f"fine-tune       python -m train.finetune {recipe}{data} --weights {run.out}"]
 
 
 if __name__ == "__main__":

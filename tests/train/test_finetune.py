@@ -1,6 +1,7 @@
 """The command from end to end on small labelled videos: what it learns and leaves behind, that nothing it draws depends
 on how a run is split, and what it refuses."""
 
+import dataclasses
 import json
 import math
 import os
@@ -160,6 +161,21 @@ def test_starts_from_a_pre_training_run(classes, tmp_path, capsys):
     for name in taken:
         assert torch.equal(tuned[name], source[f"encoder.{name}"]), name
     assert torch.equal(tuned["fc_norm.weight"], torch.ones(64))
+
+
+def test_frames_for_erasing_are_normalised_as_the_weights_were_trained(classes, tmp_path):
+    torch.manual_seed(0)
+    source = videomae.classifier("vit_tiny", num_classes=3, frames=4, image_size=16, cube=(2, 8, 8), init_scale=30)
+    source.input = dataclasses.replace(source.input, mean=(0.1, 0.5, 0.9), std=(0.5, 0.2, 0.1))
+    videomae.weights.save_weights(source, tmp_path / "w.safetensors")
+    losses = []
+    for probability in ("0", "1e-12"):  # bytes for the model; float frames of which nothing is erased
+        out = tmp_path / probability
+        flags = ["--weights", tmp_path / "w.safetensors", "--erasing.probability", probability, "--validate-every", 0]
+        assert run(classes, out, "--steps", 1, *flags) == 0
+        losses.append(metrics(out)[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] != pytest.approx(math.log(3), abs=0.05)  # the pixels matter
 
 
 def test_leaves_out_a_video_that_cannot_be_read_and_spares_its_partner(classes, tmp_path, capfd):
