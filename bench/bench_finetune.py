@@ -102,7 +102,7 @@ def _page(figures: dict[str, Any]) -> str:
         "# A fine-tuning step",
         "",
         "Written by `pytest bench/bench_finetune.py --benchmark-only`.",
-        f"ViT-S, {CLASSES} classes, {figures['clips']} clips of 16 x 224 x 224 in float32 on {figures['threads']} threads;",
+        f"ViT-S, {CLASSES} classes, {figures['clips']} clips of 16 x 224 x 224, float32, {figures['threads']} threads;",
         f"transformers {figures['transformers']}. Medians of {figures['rounds']} runs in turn.",
         "",
         f"`transformers`: {seconds['transformers']:.2f} s a step, {1000 * seconds['processor']:.0f} ms of it its image "

@@ -37,6 +37,7 @@ def parse_flags(arguments: Sequence[str], config: type[T], *, prog: str, about: 
 
 def _read(config: type[T], flags: Sequence[str], *, prog: str, about: str, default: Any, blame: str) -> T:
     """tyro's reading of the flags; blame: what an error names."""
+    show_any_name()
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -58,6 +59,12 @@ def _switches(flags: Sequence[str]) -> list[str]:
         else:
             out.append(flag)
     return out
+
+
+def show_any_name() -> None:
+    """Let a terminal that cannot show a file's or class's name show its codes."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def refuse(prog: str, message: str) -> NoReturn:
@@ -94,11 +101,12 @@ def _first_line(function: Callable[[], object]) -> str:
 
 def _condense(box: str) -> str:
     """tyro's framed complaint as one line: the complaint, and the flag it thinks was meant."""
-    parts = [" ".join(re.sub("[╭╮╰╯│─]", " ", part).split()) for part in re.split(r"│ ─+ │", box)]
-    # the frame's title stands first, and often once more in the text
-    complaint = re.sub(
-        r"^(?:Value error|Invalid choice|Unrecognized options|Missing argument|Error parsing arguments) ", "", parts[0]
-    )
-    complaint = re.sub(r"^Error parsing \w*Config: ", "", complaint)
+    # the frame is of hyphens where the terminal has no lines
+    parts = [" ".join(re.sub("[╭╮╰╯│─]", " ", part).split()) for part in re.split("[─-]{9,}", box)]
+    # its title stands first, and often once more in the text
+    titles = "Value error|Invalid choice|Unrecognized options|Missing argument|Required options|Error parsing arguments"
+    complaint = re.sub(f"^(?:{titles}) ", "", next(part for part in parts if part and part not in titles))
+    # a section's own message names its fields in full; types that were tried tell a user nothing
+    complaint = re.sub(r"^Error parsing \w[\w.-]*: ", "", complaint).partition(" Got errors: ")[0]
     guess = next((found[1] for part in parts if (found := re.search(r"Perhaps you meant: (--[\w.-]+)", part))), None)
     return complaint + (f" (did you mean {guess}?)" if guess else "") + "; --help lists all flags"

@@ -27,6 +27,7 @@ from train.evaluation import (
     names_of,
     protocol_card,
     read_classifier,
+    said,
     view_reader,
 )
 from train.inference import Inference, Reading, Views, find_weights, read_views
@@ -93,6 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NotFinite as error:
         print(f"{PROG}: stopped: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"{PROG}: stopped: {error}; the same command goes on", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"{PROG}: stopped at once; the same command goes on", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -116,7 +120,7 @@ def prepare(config: EvaluateConfig) -> Evaluation:
     stated = model.input.sampling
     sampling = config.sampling.resolve(stated)
     if stated not in (None, sampling):
-        print(f"note: trained with {stated}, tested with {sampling}", file=sys.stderr)
+        print(f"note: sampling was {said(stated)} in training and is {said(sampling)} here", file=sys.stderr)
     storage.configure(config.data.kept)
     videos = find_tested(path, config.data.split, model)
     warn_of(videos.videos)
@@ -141,7 +145,11 @@ def _name(config: EvaluateConfig, weights: str) -> str:
     if config.recipe != AS_TRAINED:
         return config.recipe
     path = Path(weights.rstrip("/"))
-    return f"{path.parents[1].name}-{path.name}" if path.parent.name == "checkpoints" else path.stem
+    if path.parent.name == "checkpoints":
+        return f"{path.parents[1].name}-{path.name}"
+    # an average of the weights has its name in every run
+    of_run = path.parent.parent.name == "checkpoints"
+    return f"{path.parents[2].name}-{path.parent.name}-{path.stem}" if of_run else path.stem
 
 
 def _say_protocol(evaluation: Evaluation) -> None:

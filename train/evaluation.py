@@ -148,6 +148,11 @@ def view_reader(input: Input, sampling: Sampling, views: str | None, *, step: in
     return ViewReader(input.frames, input.size, sampling, clips, crops, nearest)
 
 
+def said(sampling: Sampling) -> str:
+    """In words."""
+    return f"dense, stride {sampling.stride}" if sampling.kind == "dense" else "uniform"
+
+
 def read_classifier(source: str) -> tuple[Classifier, tuple[str, ...]]:
     """The classifier in these weights, and what is to be said of loading it. ValueError where they are of none."""
     model, report = read_model(source)
@@ -200,7 +205,7 @@ def protocol_card(
     sampling = reader.sampling
     step = videos.videos.step
     return {
-        "sampling": f"dense, stride {sampling.stride}" if sampling.kind == "dense" else "uniform",
+        "sampling": said(sampling),
         "views": f"{reader.clips}x{reader.crops}",
         "clip": f"{frames}x{height}x{width}",
         "resize": f"short side to {height}, bilinear, not antialiased",

@@ -161,6 +161,7 @@ def prepare(config: FeaturesConfig) -> Job:
     )
     reader = WindowReader(windows, encoder.input.size, Decoder(config.reader))
     out = Path(config.out).expanduser()
+    check(not out.exists() or out.is_dir(), f"--out must be a folder; {out} is a file")
     job = Job(config, out, _items(config.videos, videos), inference, reader, cache)
     settle_card(out, _card(job))
     return job

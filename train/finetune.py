@@ -4,8 +4,10 @@ What fine-tuning adds to the loop of train/loop.py: labels, where the weights co
 (mixup, CutMix, erasing), an average of the weights, and validation.
 """
 
+import json
 import math
 import re
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -61,8 +63,6 @@ class Finetuning(Verb[FinetuneConfig]):
         self._labels = torch.empty(0, dtype=torch.int64)
         self._report: list[str] = []  # on where the weights came from
         self._average: AveragedModel | None = None
-        self._best: tuple[float, int] | None = None
-        self._last: dict[str, float] = {}
 
     @property
     def recipes(self) -> Mapping[str, Callable[[], FinetuneConfig]]:
@@ -113,7 +113,7 @@ class Finetuning(Verb[FinetuneConfig]):
             try:
                 found = find_labelled(source, "val", like=self.train_set)
             except ValueError as error:
-                print(f"note: no validation: {error}", file=sys.stderr)
+                print(f"note: no validation, which --data.val may give: {error}", file=sys.stderr)
                 return None
         warn_of(found.videos)
         self._check_step(found.videos, self.config.data.val or source)
@@ -250,9 +250,6 @@ class Finetuning(Verb[FinetuneConfig]):
         source = config.data.val or config.data.path or ""
         values = validate(model, self._val, views, run, source=source, say=log.say)
         log.evaluated(done, values)
-        self._last = values
-        if self._best is None or values["val_top1"] > self._best[0]:
-            self._best = values["val_top1"], done
         log.say(f"validation after step {done}: top-1 {values['val_top1']:.2f}, top-5 {values['val_top5']:.2f}")
 
     def _begin_average(self, model: nn.Module) -> None:
@@ -273,13 +270,31 @@ class Finetuning(Verb[FinetuneConfig]):
 
     def results(self, run: Run, checkpoint: Path) -> list[str]:
         lines = []
-        if self._last and self._best is not None:
-            last, (best, at) = self._last, self._best
+        # those before the run was stopped and gone on with are among them
+        if found := _validations(run.out / "evaluations.jsonl"):
+            last, best = found[-1], max(found, key=lambda one: one["val_top1"])
             scores = f"top-1 {last['val_top1']:.2f}, top-5 {last['val_top5']:.2f}"
-            lines.append(f"validation      {scores} (best top-1 {best:.2f}, step {at})")
-        recipe = "demo " if self.config.recipe == "demo" else ""
-        data = f" --data {self.config.data.path}" if self.config.data.path else ""
-        return [*lines, f"evaluate        python -m train.evaluate {recipe}--weights {run.out}{data}"]
+            lines.append(f"validation      {scores} (best top-1 {best['val_top1']:.2f}, step {best['step']})")
+        return [*lines, f"evaluate        {self._test_command(run.out, checkpoint)}"]
+
+    def _test_command(self, out: Path, checkpoint: Path) -> str:
+        """What tests the weights that were validated, on videos that they were not trained on."""
+        config, data = self.config, self.config.data
+        # the demo's protocol has the demo's stride
+        as_demo = config.recipe == "demo" and config.sampling == FINETUNE["demo"]().sampling
+        words = ["demo"] if as_demo else []
+        words += ["--weights", str(out if self._average is None else checkpoint / _EMA)]
+        if data.path is not None:
+            beside = self._val is not None or (not config.validate_every and Path(data.path).expanduser().is_dir())
+            words += ["--data", data.val or (data.path if beside else "TEST")]
+        words += ["--allow-nearest"] if data.allow_nearest else []
+        return shlex.join(["python", "-m", "train.evaluate", *words])
+
+
+def _validations(path: Path) -> list[dict[str, Any]]:
+    """Those of the run so far, by step."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [row for row in rows if "val_top1" in row]
 
 
 if __name__ == "__main__":

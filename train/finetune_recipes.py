@@ -46,6 +46,7 @@ class FinetuneModel(Model):
         check(height == width, f"model.image-size must be that of a square; got {height} x {width}")
         check(0 <= self.drop_path < 1, f"model.drop-path must be in [0, 1); got {self.drop_path}")
         check(0 <= self.head_dropout < 1, f"model.head-dropout must be in [0, 1); got {self.head_dropout}")
+        check(0 <= self.init_scale <= 1e6, f"model.init-scale must be in [0, 1e6]; got {self.init_scale}")
 
 
 @dataclass(frozen=True)

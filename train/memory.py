@@ -1,4 +1,4 @@
-"""How much memory a pre-training step takes at its peak, before it is run: which tensors live when, by formula.
+"""How much memory a training step takes at its peak, before it is run: which tensors live when, by formula.
 
 Counted are weights, optimiser, gradients and every activation that forward keeps, at each of the moments where the peak
 can be: the end of the model's forward, the loss, the backward pass of every MLP (the widest place of a block), the end
@@ -35,8 +35,9 @@ class Workload:
     bytes_each: int = 2
     accumulates: bool = False  # gradients of earlier micro-batches lie in memory from the start
     short_last_layer: bool = True  # of the decoder
-    inputs_held: int = 1  # micro-batches of pixels on the device: the one in use, and those that wait
-    normalized_copy: bool = False  # the one in use is normalised before the model, into float32
+    inputs_held: int = 1  # micro-batches of uint8 pixels on the device: the one in use, and those that wait
+    normalized_held: int = 0  # and of pixels that were normalised before the model, into float32
+    averages: bool = False  # an average of the weights lies beside them
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class _Layer:
 class Memory:
     """Bytes at the peak of a step."""
 
-    weights: int  # float32 parameters, two moments, and their copies in the activations' dtype
+    weights: int  # float32 parameters, two moments, their average, and their copies in the activations' dtype
     gradients: int
     activations: int  # everything else: what grows with the micro-batch
 
@@ -64,11 +65,11 @@ class Memory:
 
 def estimate(work: Workload, micro_batch: int) -> Memory:
     """The step's memory with that many clips at a time."""
-    resting, gradients = 12 * work.num_parameters, 4 * work.num_parameters
+    resting, gradients = (16 if work.averages else 12) * work.num_parameters, 4 * work.num_parameters
     copies = work.bytes_each * work.num_parameters if work.bytes_each < 4 else 0
     weights = resting + int(_copied_share(work.recompute) * copies)
     frames = (
-        (work.inputs_held + (4 if work.normalized_copy else 0))
+        (work.inputs_held + 4 * work.normalized_held)
         * micro_batch
         * work.input.frames
         * work.input.size[0]

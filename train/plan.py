@@ -94,6 +94,9 @@ def finetune_workload(
     """What a micro-batch of a fine-tuning run computes and holds: every cube is visible, nothing is predicted."""
     model = config.model
     cubes = model.input.num_cubes
+    normalized = config.erasing.probability > 0
+    # what arrives while one is in use; a graph has a place of its own for what the model is given
+    waiting, graph = device_type != "cpu", config.engine == "graph"
     return Workload(
         size_of(model.size),
         model.input,
@@ -102,8 +105,9 @@ def finetune_workload(
         num_parameters,
         model.recompute,
         bytes_each=4 if precision == "float32" else 2,
-        inputs_held=1 if device_type == "cpu" else 3 if config.engine == "graph" else 2,
-        normalized_copy=config.erasing.probability > 0,
+        inputs_held=1 + waiting + (graph and not normalized),
+        normalized_held=normalized * (1 + graph),
+        averages=config.ema is not None,
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from kernels.launch import check
-from train.cli import user_errors
+from train.cli import show_any_name, user_errors
 from train.evaluation import AskedSampling, names_of, parse_views, read_classifier, view_reader
 from train.inference import Inference, Reading, read_views
 from videomae.data.dataset import find_videos
@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 done, 1 a video could not be read, 2 wrong use, 130 stopped by
     Ctrl-C."""
     options = _parser().parse_args(arguments)
+    show_any_name()
     try:
         with user_errors(PROG):
             prepared = _prepare(options)

@@ -61,7 +61,7 @@ _MICRO_BATCH = 64  # of the paper's batch, clips that are decoded together
 
 
 class CannotProbe(Exception):
-    """There is no result: videos that cannot be read."""
+    """There is no result: videos that cannot be read, numbers that are none."""
 
 
 class Split(NamedTuple):
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             probe = prepare(config)
         _say(probe)
         return _report(probe, measure(probe))
-    except CannotProbe as error:
+    except (CannotProbe, OSError) as error:
         print(f"{PROG}: stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -140,6 +140,10 @@ def prepare(config: ProbeConfig) -> Probe:
         step, nearest = videos.videos.step, config.data.allow_nearest
         reader = view_reader(encoder.input, sampling, views, step=step, allow_nearest=nearest)
         splits.append(Split(videos, tuple(draw(len(videos), config.videos, config.seed)), reader))
+    if config.chooses_l2:
+        check(len(splits[0].indices) >= 5, _too_few(len(splits[0].indices)))
+    if config.out is not None:
+        _make_folder(Path(config.out).expanduser())
     inference = Inference(
         encoder,
         device=config.device,
@@ -150,6 +154,16 @@ def prepare(config: ProbeConfig) -> Probe:
     reading = Reading(config.workers, config.loader, config.data.kept)
     reading = replace(reading, workers=min(reading.workers_for(inference.device), len(splits[0].indices)))
     return Probe(config, weights, inference, splits[0], splits[1], reading)
+
+
+def _too_few(count: int) -> str:
+    return f"a fifth of {count} training videos, on which the penalty is chosen, is none; give it: --linear.l2 0.01"
+
+
+def _make_folder(out: Path) -> None:
+    """Before the work. Raises ValueError, OSError."""
+    check(not out.exists() or out.is_dir(), f"--out must be a folder; {out} is a file")
+    out.mkdir(parents=True, exist_ok=True)
 
 
 def _say(probe: Probe) -> None:
@@ -178,6 +192,8 @@ def measure(probe: Probe) -> dict[str, Tensor]:
     for method in probe.config.methods:
         begin = time.monotonic()
         found[method] = methods[method](probe, train, test).cpu()
+        if not found[method].isfinite().all():
+            raise CannotProbe(f"{method} ended with numbers that are not finite")
         print(f"{method}: {time.monotonic() - begin:.1f} s", flush=True)
     return found
 
@@ -200,10 +216,11 @@ def _features(probe: Probe, split: Split, name: str) -> Known:
             said = time.monotonic()
             print(f"{name}: {len(found) + lost:,} of {len(split.indices):,} videos", flush=True)
     probe.unreadable[name] = lost
-    if not found or (name == "test" and lost and probe.config.unreadable == "error"):
-        raise CannotProbe(
-            f"{lost} of {len(split.indices)} {name} videos cannot be read; --unreadable wrong counts them as wrong"
-        )
+    failed = f"{lost} of {len(split.indices)} {name} videos cannot be read"
+    if not found:
+        raise CannotProbe(failed)
+    if name == "test" and lost and probe.config.unreadable == "error":
+        raise CannotProbe(f"{failed}; --unreadable wrong counts them as wrong")
     return Known(torch.cat(parts), probe.labels(split, found))
 
 
@@ -234,6 +251,8 @@ def _by_neighbours(probe: Probe, train: Known, test: Known) -> Tensor:
 
 def _by_regression(probe: Probe, train: Known, test: Known) -> Tensor:
     features, labels = train.features[:, 0], train.labels
+    if probe.config.chooses_l2 and len(labels) < 5:
+        raise CannotProbe(_too_few(len(labels)))
     l2 = probe.config.linear.l2 or choose_l2(features, labels, probe.num_classes, seed=probe.config.seed)
     probe.chosen["linear.l2"] = l2
     return average_views(fit_linear(features, labels, probe.num_classes, l2=l2)(test.features))
@@ -369,11 +388,11 @@ def _report(probe: Probe, found: dict[str, Tensor]) -> int:
         method: {f"top{k}": share * share_right(probabilities, labels, k) for k in (1, 5)}
         for method, probabilities in found.items()
     }
-    print(f"\n{'method':<14}{'top-1':>7}{'top-5':>9}")
+    print(f"\n{'method':<16}{'top-1':>7}{'top-5':>9}")
     for method, right in accuracy.items():
-        print(f"{method:<14}{right['top1']:7.2f}{right['top5']:9.2f}")
+        print(f"{method:<16}{right['top1']:7.2f}{right['top5']:9.2f}")
     guessed = 100 * torch.bincount(labels).max().item() / len(labels)
-    print(f"{'(always the commonest class)':<28}{guessed:.2f}")
+    print(f"{'commonest class':<16}{guessed:7.2f}")
     if probe.config.out is not None:
         out = Path(probe.config.out).expanduser()
         text = json.dumps(_result(probe, accuracy, guessed), indent=2) + "\n"

@@ -22,7 +22,7 @@ class Neighbours:
 
     def __post_init__(self) -> None:
         check(self.k >= 1, f"knn.k must be at least 1; got {self.k}")
-        check(self.temperature > 0, f"knn.temperature must be positive; got {self.temperature}")
+        check(1e-6 <= self.temperature <= 1e6, f"knn.temperature must be in [1e-6, 1e6]; got {self.temperature}")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Penalty:
     )
 
     def __post_init__(self) -> None:
-        check(self.l2 is None or self.l2 > 0, f"linear.l2 must be positive; got {self.l2}")
+        check(self.l2 is None or 0 < self.l2 <= 1e6, f"linear.l2 must be in (0, 1e6]; got {self.l2}")
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,18 @@ class ProbeConfig:
     def __post_init__(self) -> None:
         check(len(self.method) > 0, f"method must be one or more of {', '.join(METHODS)}, or all")
         check(self.videos is None or self.videos >= 1, f"videos must be at least 1; got {self.videos}")
+        check(-(2**63) <= self.seed < 2**63, f"seed must fit 64 bits; got {self.seed}")
+        check(self.out != "", "out must not be empty")
         check(self.workers is None or self.workers >= 0, f"workers must not be negative; got {self.workers}")
         check(
             self.micro_batch is None or self.micro_batch >= 1, f"micro-batch must be positive; got {self.micro_batch}"
         )
         parse_views(self.views)
+
+    @property
+    def chooses_l2(self) -> bool:
+        """Whether the linear probe's penalty is chosen on a part of the training videos."""
+        return "linear" in self.methods and self.linear.l2 is None
 
     @property
     def methods(self) -> tuple[Method, ...]:

@@ -1,9 +1,11 @@
 """What an evaluation comes to: its numbers, one table a class, the confusion matrix and its picture."""
 
 import csv
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -74,7 +76,7 @@ def score(rows: Mapping[int, Row], classes: tuple[str, ...]) -> Scores:
 def write_tables(scores: Scores, out: Path) -> None:
     """per_class.csv and confusion.csv: rows are labels, columns predictions."""
     names = scores.classes
-    with (out / "per_class.csv").open("w", newline="", encoding="utf-8") as file:
+    with _open_table(out / "per_class.csv") as file:
         table = csv.writer(file)
         table.writerow(("label", "class", "videos", "unreadable", "top1_right", "top5_right", "top1", "top5"))
         for label, name in enumerate(names):
@@ -82,10 +84,15 @@ def write_tables(scores: Scores, out: Path) -> None:
             videos, unreadable, right1, right5 = (int(column[label]) for column in of)
             shares = [f"{100 * right / videos:.2f}" if videos else "" for right in (right1, right5)]
             table.writerow((label, name, videos, unreadable, right1, right5, *shares))
-    with (out / "confusion.csv").open("w", newline="", encoding="utf-8") as file:
+    with _open_table(out / "confusion.csv") as file:
         table = csv.writer(file)
         table.writerow(("label \\ predicted", *names))
         table.writerows((name, *row) for name, row in zip(names, scores.confusion.tolist(), strict=True))
+
+
+def _open_table(path: Path) -> IO[str]:
+    # names of folders that are no UTF-8 keep their bytes
+    return path.open("w", newline="", encoding="utf-8", errors="surrogateescape")
 
 
 def draw_confusion(scores: Scores, path: Path, title: str) -> None:
@@ -114,7 +121,10 @@ def draw_confusion(scores: Scores, path: Path, title: str) -> None:
     else:
         _list_commonest(figure.axes[1], scores)
     figure.colorbar(image, ax=axes, shrink=0.8, label="share of the label's predictions")
-    figure.savefig(path, dpi=120)
+    with warnings.catch_warnings():
+        # letters that the font lacks are drawn as boxes; the tables have the names
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(path, dpi=120)
 
 
 def _write_counts(axes: object, counts: Tensor, shares: Tensor) -> None:
@@ -141,5 +151,5 @@ def _short(name: str) -> str:
 
 
 def _plain(text: str) -> str:
-    # matplotlib takes what stands between two of them for a formula
-    return text.replace("$", r"\$")
+    # matplotlib takes what stands between two of them for a formula, and no bytes that are no letters
+    return text.replace("$", r"\$").encode("utf-8", "backslashreplace").decode()

@@ -25,7 +25,7 @@ def validate(
     was_training, dtype = model.training, PRECISIONS[run.precision]
     model.eval()
     labels = torch.tensor(videos.labels)
-    loss, top1, top5, lost = 0.0, 0, 0, 0
+    loss, top1, top5, lost, nonfinite = 0.0, 0, 0, 0, 0
     reading = Reading(run.workers, run.config.loader, run.config.data.cache_of(source))
     indices = range(len(videos))
     for found in read_views(reader, videos.videos.paths, indices, views=1, device=run.device, reading=reading, say=say):
@@ -38,10 +38,15 @@ def validate(
             parts = found.frames[:, 0].split(run.plan.micro_batch)
             logits = torch.cat([model(part).float() for part in parts]).cpu()
         wanted = labels[list(found.indices)]
-        best = logits.topk(min(5, logits.shape[1])).indices == wanted[:, None]
+        finite = logits.isfinite().all(dim=1, keepdim=True)
+        # where nothing was computed, nothing is recognised
+        best = (logits.topk(min(5, logits.shape[1])).indices == wanted[:, None]) & finite
+        nonfinite += int((~finite).sum())
         loss += cross_entropy(logits, wanted, reduction="sum").item()
         top1, top5 = top1 + int(best[:, 0].sum()), top5 + int(best.any(1).sum())
     model.train(was_training)
+    if nonfinite:
+        say(f"validation: counted as wrong: {nonfinite:,} videos for which the model's outputs are not finite")
     read = len(videos) - lost
     values = {"val_top1": 100 * top1 / len(videos), "val_top5": 100 * top5 / len(videos), "val_unreadable": lost}
-    return {"val_loss": loss / read, **values} if read else values
+    return {"val_loss": loss / read, **values} if read and not nonfinite else values

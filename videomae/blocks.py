@@ -96,11 +96,16 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, remake: Callable[[], Tensor] | None = None) -> Tensor:
-        """[B, L, D] to [B, L, D]. remake: as in `Attention`; GELU's output is then made anew too."""
+    def forward(
+        self, x: Tensor, remake: Callable[[], Tensor] | None = None, reduce: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """[B, L, D] to [B, L, D]. remake: as in `Attention`; GELU's output is then made anew too. reduce: linear, over
+        the tokens; what it makes of the result, for a second layer that sees as few."""
         with _remade(x, remake):
             hidden = _linear(x, self.fc1)
         active = hidden.gelu()
+        if reduce is not None:
+            return self.fc2(reduce(active))
         again = None if remake is None else hidden.detach().gelu
         with _remade(active, again):
             return self.fc2(active)
@@ -114,15 +119,28 @@ class DropPath(nn.Module):
         check(0 <= rate < 1, f"drop path rate must be in [0, 1); got {rate}")
         self.rate = rate
 
-    @property
-    def drops(self) -> bool:
-        return self.training and self.rate > 0
+    def draw(self, x: Tensor) -> Tensor | None:
+        """Which clips of x keep a branch, bool [B]; None: all of them."""
+        if not self.training or self.rate == 0:
+            return None
+        return torch.rand(len(x), device=x.device) >= self.rate
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.drops:
-            return x
-        keep = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= self.rate
-        return x * keep.to(x.dtype) / (1 - self.rate)
+    def forward(self, branch: Callable[[Tensor], Tensor], x: Tensor, keep: Tensor | None) -> Tensor:
+        """The branch of x, by what `draw` gave."""
+        if keep is None:
+            return branch(x)
+        if is_known(keep):
+            # only the survivors are computed; none of them still gives gradients
+            kept = keep.nonzero().flatten()
+            made = branch(x[kept]) / (1 - self.rate)
+            return made.new_zeros(len(x), *made.shape[1:]).index_copy(0, kept, made)
+        made = branch(x)
+        return made * keep.view(-1, *[1] * (made.ndim - 1)).to(made.dtype) / (1 - self.rate)
+
+
+def is_known(x: Tensor) -> bool:
+    """Whether x's values are there at once: on a CPU, unless what is done with them is compiled."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class Block(nn.Module):
@@ -138,21 +156,45 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(
-        self, x: Tensor, branch: Tensor | None, last: int | None = None, recompute: Recompute = "none"
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        last: int | None = None,
+        recompute: Recompute = "none",
+        reduce: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """From x + branch (or x) to x and branch, both [B, L, D], or [B, last, D] with last given."""
+        """From x + branch (or x) to x and branch, both [B, L, D], or [B, last, D] with last given, or what reduce makes
+        of these."""
+        # drawn before anything that is computed anew: a captured graph cannot draw the same again
+        keeps = self.drop_path.draw(x), self.drop_path.draw(x)
         if recompute == "block":
             # added up here: one tensor to keep for each block, not two
             x = x if branch is None else x + branch
-            return _anew(self, x, None, last, random=self.drop_path.drops)
+            return _anew(self._branches, x, None, last, "none", reduce, *keeps)
+        return self._branches(x, branch, last, recompute, reduce, *keeps)
+
+    def _branches(
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        last: int | None,
+        recompute: Recompute,
+        reduce: Callable[[Tensor], Tensor] | None,
+        keep: Tensor | None,
+        keep_second: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """keep, keep_second: which clips keep what the attention and what the MLP give."""
         normed, x = self.norm1.add(branch, x)
-        mixed = self.attn(normed, last, _norm_of(self.norm1, x) if recompute == "norms" else None)
-        if self.drop_path.drops:  # the bias is dropped with the rest
-            mixed = Branch(self.drop_path(mixed.whole()), None)
+        if keep is None:
+            mixed = self.attn(normed, last, _norm_of(self.norm1, x) if recompute == "norms" else None)
+        else:  # the bias is dropped with the rest
+            mixed = Branch(self.drop_path(lambda kept: self.attn(kept, last).whole(), normed, keep), None)
         normed, x = self.norm2.add(mixed.x, x if last is None else x[:, -last:].contiguous(), mixed.bias)
-        if recompute == "mlp":
-            return x, self.drop_path(_anew(self.mlp, normed))
-        return x, self.drop_path(self.mlp(normed, _norm_of(self.norm2, x) if recompute == "norms" else None))
+        # clips that are dropped leave others' norms, which could not be made anew from x
+        again = _norm_of(self.norm2, x) if recompute == "norms" and keep_second is None else None
+        mlp = partial(self.mlp, remake=again, reduce=reduce)
+        made = self.drop_path(partial(_anew, mlp) if recompute == "mlp" else mlp, normed, keep_second)
+        return x if reduce is None else reduce(x), made
 
 
 class Blocks(nn.ModuleList):
@@ -175,6 +217,19 @@ class Blocks(nn.ModuleList):
         if norm is not None:
             return norm.add(branch, x)[0]
         return x if branch is None else x + branch
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """[B, L, D] to the mean over tokens of x after every block, [B, D]: the last block's last layer sees the mean
+        of what goes into it, as both are linear."""
+        branch = None
+        recompute = self.recompute if torch.is_grad_enabled() else "none"
+        for i, block in enumerate(self):
+            x, branch = block(x, branch, None, recompute, _mean if i == len(self) - 1 else None)
+        return x if branch is None else x + branch
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.mean(dim=1)
 
 
 def set_recompute(model: nn.Module, recompute: Recompute) -> None:
@@ -202,12 +257,10 @@ def _linear(x: Tensor, layer: nn.Linear) -> Branch:
     return Branch(layer(x), None)
 
 
-def _anew(function: Callable[..., Any], *arguments: Any, random: bool = False) -> Any:
-    """function(*arguments), of which the backward pass keeps the arguments and computes the rest anew.
-
-    random: whether it draws random numbers, whose generator's state must then be kept.
-    """
-    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=random)
+def _anew(function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments), of which the backward pass keeps the arguments and computes the rest anew; it must draw
+    nothing."""
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def _norm_of(norm: LayerNorm, x: Tensor) -> Callable[[], Tensor]:

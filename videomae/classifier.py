@@ -41,8 +41,7 @@ class Classifier(Encoder):
 
     def classify(self, tokens: Tensor) -> Tensor:
         """Logits [B, num_classes] of what `embed` gives, [B, N, D]: training may mix clips in between."""
-        pooled = self.blocks(tokens).mean(dim=1)
-        return self.head(self.fc_dropout(self.fc_norm(pooled)))
+        return self.head(self.fc_dropout(self.fc_norm(self.blocks.pooled(tokens))))
 
 
 def _init_linear_normal(module: nn.Module) -> None:

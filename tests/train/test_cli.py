@@ -56,7 +56,8 @@ def test_switches_take_a_value_or_none(arguments, flip):
         (["--batch-size", "0"], "batch-size must be at least 1"),
         (["--optim.betas", "0.9", "1.5"], "betas"),
         (["--augment.scales", "2.0"], "scales"),
-        (["--log.every", "0"], "log.every"),
+        (["--log.every", "0"], "^prog: error: log.every must be"),
+        (["--model.decoder-depth", "x"], "^prog: error: Error parsing --model.decoder-depth: [^;]*; --help lists"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
@@ -68,6 +69,7 @@ def test_refuses_in_one_line_with_exit_code_2(arguments, says, capsys):
     assert captured.out == ""
     assert captured.err.startswith("prog: error: ")
     assert captured.err.count("\n") == 1
+    assert "----" not in captured.err  # of a frame
     assert re.search(says, captured.err)
 
 

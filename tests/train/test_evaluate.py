@@ -200,6 +200,11 @@ def test_sampling_is_the_weights_own(data, tmp_path):
     assert (card["sampling"], card["views"]) == ("uniform", "2x3")
 
 
+def test_another_sampling_than_in_training_is_mentioned(data, weights, tmp_path, capsys):
+    assert evaluate(data, weights, tmp_path / "out", "--sampling.stride", 1) == 0
+    assert "note: sampling was dense, stride 2 in training and is dense, stride 1 here\n" in capsys.readouterr().err
+
+
 def test_sampling_that_nothing_says_is_refused(data, tmp_path, capsys):
     tiny_classifier(tmp_path / "silent.safetensors")
     said = refused(capsys, data, tmp_path / "silent.safetensors", tmp_path / "out")
@@ -256,10 +261,13 @@ def test_results_go_to_a_folder_named_after_recipe_or_weights(data, tmp_path, mo
     shutil.copy(run / "model.safetensors", tmp_path / "w.safetensors")
     given = ["--data", str(data), *QUICK, "--views", "1x1"]
     assert main([*given, "--weights", str(run.parents[1])]) == 0
+    shutil.copy("w.safetensors", run / "ema.safetensors")
+    assert main([*given, "--weights", str(run / "ema.safetensors")]) == 0
     assert main([*given, "--weights", "w.safetensors"]) == 0
     assert main(["hmdb51", *given, "--weights", "w.safetensors", "--split", "val"]) == 0
     made = [path.parent.name for path in (tmp_path / "runs").glob("evaluate-*/result.json")]
-    assert sorted(made) == ["evaluate-finetune-mine-step_7", "evaluate-hmdb51", "evaluate-w"]
+    mine = "evaluate-finetune-mine-step_7"
+    assert sorted(made) == [mine, f"{mine}-ema", "evaluate-hmdb51", "evaluate-w"]
 
 
 def test_weights_that_give_no_numbers_give_no_result(data, tmp_path, capsys):

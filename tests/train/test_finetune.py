@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import videomae
 from tests.runs import assert_same, metrics, wait_for, weights
 from tests.runs import run as pretrain
 from tests.videos import moving_frames, write_video
+from train.evaluate import main as evaluate
 from train.finetune import Finetuning, main
 from train.finetune_recipes import FINETUNE
 from train.objective import ClassifyObjective
@@ -136,6 +138,46 @@ def test_survives_kill_9(classes, tmp_path):
     assert_same(weights(tmp_path / "whole", 40), weights(tmp_path / "killed", 40))
 
 
+def test_the_command_that_it_ends_with_can_be_given(classes, tmp_path, capsys, monkeypatch):
+    folder, out = tmp_path / "a folder", tmp_path / "a run"
+    folder.mkdir()
+    for name, split in (("fit", "train"), ("held", "val")):
+        videos = sorted((classes / split).glob("*/*.mp4"))
+        (folder / f"{name}.csv").write_text("".join(f"{path} {number % 3}\n" for number, path in enumerate(videos)))
+    given = (folder / "fit.csv", out, "--steps", 2, "--sampling.stride", 2, "--ema", 0.5)
+    assert run(*given, "--data.val", folder / "held.csv", "--validate-every", 1e-9) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])[1:]
+    weights = str(out / "checkpoints" / "step_2" / "ema.safetensors")
+    expected = ["--weights", weights, "--data", str(folder / "held.csv")]
+    assert command == ["python", "-m", "train.evaluate", *expected]
+    monkeypatch.chdir(tmp_path)
+    assert evaluate([*command[3:], "--workers", "0", "--views", "1x1"]) == 0
+    # where no other videos are known, there is a place for them
+    assert run(folder / "fit.csv", tmp_path / "none", "--steps", 1) == 0
+    printed = capsys.readouterr()
+    assert "train.evaluate demo --weights " in printed.out
+    assert printed.out.endswith(" --data TEST\n")
+    assert "note: no validation, which --data.val may give: " in printed.err
+
+
+def test_the_best_validation_is_that_of_the_whole_run(classes, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(classes, out, "--steps", 6, "--validate-every", 1e-9) == 0
+    rows = evaluations(out)
+    rows[1]["val_top1"] = 200.0
+    (out / "evaluations.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    capsys.readouterr()
+    assert run(classes, out, "--steps", 7, "--validate-every", 1e-9) == 0
+    assert "(best top-1 200.00, step 2)" in capsys.readouterr().out
+
+
+def test_outputs_that_are_not_finite_recognise_nothing(classes, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(Finetuning, "initialize", lambda self, model: model.head.bias.data.fill_(math.nan))
+    assert run(classes, tmp_path / "run", "--steps", 1) == 0
+    assert evaluations(tmp_path / "run") == [{"step": 1, "val_top1": 0.0, "val_top5": 0.0, "val_unreadable": 0}]
+    assert "counted as wrong: 6 videos for which the model's outputs are not finite" in capfd.readouterr().err
+
+
 def test_averages_the_weights(classes, tmp_path):
     out = tmp_path / "run"
     assert run(classes, out, "--steps", 3, "--checkpoint.every", 1, "--ema", 0.75, "--validate-every", 0) == 0
@@ -241,6 +283,7 @@ def test_warns_of_mirrored_sides(tmp_path, capsys):
         (["demo", "--data", "CLASSES", "--micro-batch", "1", "--mix.probability", "1"], "mixed with each other"),
         (["demo", "--data", "CLASSES", "--data.val", "CLASSES/train"], "train"),
         (["demo", "--data", "CLASSES", "--model.image-size", "20"], "20"),
+        (["demo", "--data", "CLASSES", "--model.init-scale", "nan"], "error: model.init-scale must be in [0, 1e6]"),
     ],
 )
 def test_refuses_in_one_line(flags, says, classes, capsys, tmp_path, monkeypatch):

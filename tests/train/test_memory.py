@@ -1,6 +1,7 @@
 """The estimate of a step's memory, held against what a step on tensors without data allocates."""
 
 import weakref
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -12,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 import videomae
 from kernels import launch
 from train.memory import Workload, estimate, largest_micro_batch
-from train.objective import PretrainObjective
+from train.objective import ClassifyObjective, PretrainObjective
 from videomae.blocks import RECOMPUTE, set_recompute
-from videomae.masking import counts
+from videomae.masking import Counts, counts
 from videomae.model import SIZES, Input
 
 
@@ -75,6 +76,51 @@ def measured_and_estimated(
     numbers = counts("tube", model.input.grid, ratio, *decoder)
     work = Workload(SIZES[size], model.input, numbers, depth, num_parameters, recompute, 2, parts > 1, short)
     return allocated.peak + 12 * num_parameters + video.numel(), estimate(work, clips).peak
+
+
+def classifier_measured_and_estimated(size, recompute, clips, *, frames=16, side=224, parts=1, normalized=True):
+    """The same of a step of fine-tuning, mixup, drop path and dropout included."""
+    with FakeTensorMode(), patch.object(launch, "_interpret", True), patch("torch.nn.init.trunc_normal_"):
+        model = videomae.classifier(size, num_classes=400, frames=frames, image_size=side, head_dropout=0.5)
+        set_recompute(model, recompute)
+        arrived = torch.empty(clips, frames, side, side, 3, dtype=torch.uint8)
+        video = torch.empty(arrived.shape) if normalized else arrived
+        numbers = torch.empty(clips, dtype=torch.int64)
+        inputs = {"labels": numbers, "lam": torch.empty(clips), "partner": numbers, "blend": torch.empty(clips)}
+        objective = ClassifyObjective(model, 0.1, autocast=torch.bfloat16)
+        before = [video, *inputs.values(), *model.parameters(), *model.buffers()]
+        with Allocations(before) as allocated:
+            for _ in range(parts):
+                objective(video, **inputs).backward()
+        num_parameters = sum(p.numel() for p in model.parameters())
+    cubes = Counts(visible=model.input.num_cubes, masked=0, decoded=0, predicted=0)
+    work = Workload(SIZES[size], model.input, cubes, 0, num_parameters, recompute, 2, parts > 1)
+    estimated = estimate(replace(work, normalized_held=int(normalized)), clips).peak
+    return allocated.peak + 12 * num_parameters + arrived.numel() * (5 if normalized else 1), estimated
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_is_within_eight_percent_of_what_fine_tuning_vit_base_allocates(recompute):
+    measured, estimated = classifier_measured_and_estimated("vit_base", recompute, 8)
+    assert estimated == pytest.approx(measured, rel=0.08)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"size": "vit_small", "clips": 2, "parts": 2},
+        {"size": "vit_base", "clips": 1, "normalized": False},
+        {"size": "vit_base", "clips": 64},
+        {"size": "vit_huge", "clips": 4},
+        {"size": "vit_large", "clips": 2, "frames": 32, "side": 320, "parts": 2},
+    ],
+    ids=lambda case: " ".join(f"{k} {v}" for k, v in case.items()),
+)
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_is_within_eight_percent_of_what_a_step_of_fine_tuning_allocates(recompute, case):
+    measured, estimated = classifier_measured_and_estimated(recompute=recompute, **case)
+    assert estimated == pytest.approx(measured, rel=0.08)
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)

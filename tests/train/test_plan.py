@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from train.finetune_recipes import FINETUNE
 from train.machine import free_memory, pick_device
 from train.memory import Workload, estimate
-from train.plan import main, plan_batch
+from train.plan import finetune_workload, main, plan_batch
 from videomae.blocks import RECOMPUTE
+from videomae.data.mix import Erasing
 from videomae.data.pool import available_cpus
 from videomae.masking import counts
 from videomae.model import SIZES, Input
@@ -45,6 +47,36 @@ def test_takes_a_micro_batch_by_hand_and_refuses_one_that_does_not_divide():
     assert plan_batch(12, WORK, budget=0, micro_batch=3).accumulation == 4
     with pytest.raises(ValueError, match="micro-batch 5 does not divide a step's 12 clips"):
         plan_batch(12, WORK, budget=0, micro_batch=5)
+
+
+@pytest.mark.parametrize(
+    ("clips", "together", "most", "micro"), [(16, 4, 7, 4), (48, 4, 20, 16), (24, 8, 30, 24), (24, 8, 1, 8)]
+)
+def test_parts_no_group_of_clips_that_are_mixed(clips, together, most, micro):
+    budget = estimate(replace(WORK, accumulates=most < clips), most).peak
+    plan = plan_batch(clips, WORK, budget=budget, together=together)
+    assert (plan.micro_batch, plan.fits) == (micro, micro <= most)
+    with pytest.raises(ValueError, match=f"would part the {together} clips"):
+        plan_batch(clips, WORK, budget=0, together=together, micro_batch=together // 2)
+    with pytest.raises(ValueError, match="cannot be mixed in groups"):
+        plan_batch(clips + 2, WORK, budget=budget, together=together)
+
+
+def test_fine_tuning_counts_pixels_that_were_normalised_and_an_average_of_the_weights():
+    config = FINETUNE["k400-base-800"]()
+    clip, numbers = 16 * 224 * 224 * 3, 86_534_800
+
+    def peak(device="cuda", **changes):
+        return estimate(finetune_workload(replace(config, **changes), numbers, "bfloat16", device), 4).peak
+
+    def plain(device="cuda", **changes):
+        return peak(device, erasing=Erasing(0.0), **changes)
+
+    assert peak(ema=0.9999) - peak() == 4 * numbers
+    # one arrives while one is in use; a graph reads from a place of its own
+    assert plain() - plain("cpu") == plain(engine="graph") - plain() == 4 * clip
+    assert peak() - plain() == peak("cpu") - plain("cpu") == 4 * 4 * clip
+    assert peak(engine="graph") - peak() == 4 * 4 * clip
 
 
 def test_refuses_a_gpu_that_is_not_there():

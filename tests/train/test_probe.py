@@ -66,7 +66,7 @@ def test_every_method_learns_what_is_plain_to_see(videos, weights, tmp_path, cap
     for method, right in found["accuracy"].items():
         assert right["top1"] > 85, method
         assert right["top5"] == 100
-        assert f"{method:<14}{right['top1']:7.2f}   100.00" in printed.out
+        assert f"{method:<16}{right['top1']:7.2f}   100.00" in printed.out
     assert found["commonest_class"] == pytest.approx(100 / 3)
     assert found["train"] | {"list": ""} == {"videos": 21, "used": 21, "unreadable": 0, "list": ""}
     assert found["test"] | {"list": ""} == {"videos": 9, "used": 9, "unreadable": 0, "list": ""}
@@ -225,6 +225,31 @@ def test_wrong_use_is_one_line(videos, weights, tmp_path, capsys):
     assert "views must be CLIPSxCROPS" in refused("--weights", weights, *data, "--views", "3")
     assert "paper.warmup-epochs must be fewer" in refused("--weights", weights, *data, "--paper.epochs", 1)
     assert "method" in refused("--weights", weights, *data, "--method", "svm")
+    given = ("--weights", weights, *data, "--workers", 0, "--sampling.stride", 2)
+    assert "seed must fit 64 bits" in refused(*given, "--seed", 2**63)
+    assert "linear.l2 must be in (0, 1e6]; got inf" in refused(*given, "--linear.l2", "inf")
+    assert "knn.temperature must be in [1e-6, 1e6]" in refused(*given, "--knn.temperature", "1e-320")
+    assert "--out must be a folder" in refused(*given, "--out", videos / "train.csv")
+    assert "a fifth of 4 training videos" in refused(*given, "--videos", 4)
+
+
+def test_too_few_training_videos_that_can_be_read_choose_no_penalty(videos, weights, capsys):
+    for i in range(4, 21):
+        (videos / f"train-{i}.mp4").write_bytes(b"none")
+    assert run(videos, weights, "--method", "knn", "linear") == 1
+    assert "stopped: a fifth of 4 training videos, on which the penalty" in capsys.readouterr().err
+    assert run(videos, weights, "--method", "knn", "linear", "--linear.l2", 0.01) == 0
+    for i in range(4):
+        (videos / f"train-{i}.mp4").write_bytes(b"none")
+    capsys.readouterr()
+    assert run(videos, weights) == 1
+    assert capsys.readouterr().err.endswith("stopped: 21 of 21 train videos cannot be read\n")
+
+
+def test_a_method_that_fails_gives_no_result(videos, weights, monkeypatch, capsys):
+    monkeypatch.setattr(command, "_by_neighbours", lambda *_: torch.full((9, 3), torch.nan))
+    assert run(videos, weights, "--method", "knn") == 1
+    assert "stopped: knn ended with numbers that are not finite" in capsys.readouterr().err
 
 
 @pytest.mark.long

@@ -1,6 +1,7 @@
 """Scores of predictions, their tables and picture."""
 
 import csv
+import warnings
 
 import numpy as np
 import pytest
@@ -70,3 +71,15 @@ def test_a_picture_shows_where_the_counts_are(tmp_path, count):
     assert pixels.shape[0] >= 3 * count
     assert (pixels < 40).mean() > 0.5 / count
     assert (pixels == 255).mean() > 0.3
+
+
+def test_a_name_that_the_font_cannot_write_is_no_warning(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_confusion(score(rows([0], [0], 2), ("日本", "no \udcff text")), tmp_path / "c.png", "")
+
+
+def test_names_of_folders_that_are_no_text_keep_their_bytes_in_the_tables(tmp_path):
+    write_tables(score(rows([0], [0], 1), ("b\udcff",)), tmp_path)
+    assert b"0,b\xff,1," in (tmp_path / "per_class.csv").read_bytes()
+    assert b"b\xff,1" in (tmp_path / "confusion.csv").read_bytes()

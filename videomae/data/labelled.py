@@ -75,7 +75,7 @@ def find_labelled(
     check(str(source) != "", "no path to look for labelled videos in")
     names = like.classes if isinstance(like, LabelledVideos) else None if like is None else tuple(like)
     home = str(source) if storage.is_url(str(source)) else str(Path(source).expanduser())
-    found = _with_note_of_empty(_find(home, split, names))
+    found = _with_note_of_empty(_find(home, split, names), split)
     return _apart(found, like, home, split) if isinstance(like, LabelledVideos) else found
 
 
@@ -244,12 +244,10 @@ def _with_note(found: LabelledVideos, home: str, split: str, serves: str) -> Lab
     return found if serves == split else _noted(found, f"no {split} videos in {home}: those of {serves} serve")
 
 
-def _with_note_of_empty(found: LabelledVideos) -> LabelledVideos:
-    used = set(found.labels)
+def _with_note_of_empty(found: LabelledVideos, split: str) -> LabelledVideos:
+    used, count = set(found.labels), len(found.classes)
     empty = [name for label, name in enumerate(found.classes) if label not in used]
-    return (
-        _noted(found, f"{len(empty)} of {len(found.classes)} classes have no video: {_some(empty)}") if empty else found
-    )
+    return _noted(found, f"{len(empty)} of {count} classes have no {split} video: {_some(empty)}") if empty else found
 
 
 def _noted(found: LabelledVideos, *notes: str) -> LabelledVideos:

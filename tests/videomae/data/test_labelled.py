@@ -38,9 +38,10 @@ def test_reads_a_list_with_labels_and_names_them_by_number(tmp_path):
     assert found.classes == ("0", "1", "2", "3")
     assert found.labels == (3, 0)
     assert len(found) == 2
-    assert found.videos.notes == ("2 of 4 classes have no video: 1, 2",)
+    assert found.videos.notes == ("2 of 4 classes have no train video: 1, 2",)
     # a list is one split, whichever is asked for
-    assert find_labelled(str(tmp_path / "list.txt"), "val") == found
+    val = find_labelled(str(tmp_path / "list.txt"), "val")
+    assert (pairs(val, tmp_path), val.classes) == (pairs(found, tmp_path), found.classes)
 
 
 def test_reads_names_beside_a_list_with_crlf_and_a_byte_order_mark(tmp_path):
@@ -109,7 +110,7 @@ def test_a_split_without_some_class_keeps_the_training_sets_numbers(tmp_path):
     for like in (train, train.classes, list(train.classes)):
         val = find_labelled(tmp_path, "val", like=like)
         assert (val.labels, val.classes) == ((1, 3), train.classes)
-        assert val.videos.notes == ("2 of 4 classes have no video: a, c",)
+        assert val.videos.notes == ("2 of 4 classes have no val video: a, c",)
     # of one such folder itself, too: its name says which split it is
     assert find_labelled(tmp_path / "val", "val", like=train).labels == (1, 3)
     touch(tmp_path, "val/e/z.mp4")

@@ -1,4 +1,4 @@
-"""The views of a test, against frames and crops computed one by one."""
+"""The views of a test and the clips of fine-tuning, against frames and crops computed one by one."""
 
 import statistics
 import time
@@ -9,12 +9,14 @@ import torch
 from torch.nn.functional import interpolate
 
 from tests.videos import moving_frames, write_video
-from videomae.data.augment import Augment
+from videomae.data.augment import Augment, random_resized_crop
 from videomae.data.dataset import Sample, find_videos
 from videomae.data.decode import UnreadableVideo, Video
 from videomae.data.prepare import main as prepare
-from videomae.data.readers import ClipReader, ViewReader
+from videomae.data.rand_augment import RandAugment
+from videomae.data.readers import ClipReader, LabelledClipReader, ViewReader
 from videomae.data.sampling import Sampling
+from videomae.keys import Draws
 
 SIDE, LENGTH = 16, 4
 
@@ -178,3 +180,88 @@ def test_fifteen_views_cost_less_than_13_tenths_of_a_decode(clips):
         views, whole = views + statistics.median(spent[0]), whole + statistics.median(spent[1])
     print(f"15 views cost {views / whole:.2f} decodes")
     assert views <= 1.3 * whole
+
+
+# -- clips of fine-tuning
+
+NOISE = RandAugment(ops=3, probability=0.7)
+
+
+def clips_of(path, views, *, epoch=0, index=0, seed=6, **how):
+    reader = LabelledClipReader(LENGTH, (SIDE, SIDE), how.pop("sampling", Sampling("dense", 2)), seed, **how)
+    out = [np.zeros(reader.shape, dtype=np.uint8) for _ in views]
+    assert reader.read_into(path, [Sample(epoch, index, view) for view in views], out).total > 0
+    return out
+
+
+def one_clip(path, view, *, rand_augment, epoch=0, index=0, seed=6, sampling=None, flip=True, area=(0.08, 1.0)):
+    """Frame by frame: RandAugment, the crop, the resize, the flip; the last number of a key is its purpose."""
+    video = Video(path)
+    numbers = (sampling or Sampling("dense", 2)).train(len(video), LENGTH, Draws(seed, epoch, index, 1))
+    out = []
+    for number in numbers:
+        draws = Draws(seed, epoch, index, view, 4)
+        frame = video.read([number])
+        frame = frame if rand_augment is None else rand_augment(frame, draws)
+        crop = random_resized_crop(*frame.shape[1:3], draws, area=area)
+        rows, columns = (slice(a, a + b) for a, b in ((crop.top, crop.height), (crop.left, crop.width)))
+        planes = torch.from_numpy(frame[:, rows, columns].copy()).permute(0, 3, 1, 2).float()
+        planes = interpolate(planes, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
+        image = planes[0].permute(1, 2, 0).numpy()
+        out.append(image[:, ::-1] if flip and draws.below(2) == 1 else image)
+    return np.stack(out)
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """Of odd sides, upright, and of two frames."""
+    folder = tmp_path_factory.mktemp("odd")
+    shapes = {"odd": (17, 31, 45), "narrow": (12, 61, 19), "two": (2, 40, 50)}
+    found = {}
+    for i, (name, (count, height, width)) in enumerate(shapes.items()):
+        frames = moving_frames(count, height, width, seed=i)
+        found[name] = str(write_video(folder / f"{name}.mkv", frames, codec="ffv1", pix_fmt="bgr0"))
+    return found
+
+
+@pytest.mark.parametrize("rand_augment", [None, NOISE], ids=["plain", "augmented"])
+@pytest.mark.parametrize("name", ["wide", "upright", "short", "odd", "narrow", "two"])
+def test_clips_are_augmented_cropped_resized_and_mirrored_in_this_order(videos, odd, name, rand_augment):
+    path = (videos | odd)[name]
+    for view, ours in enumerate(clips_of(path, range(4), rand_augment=rand_augment)):
+        assert_near(ours, one_clip(path, view, rand_augment=rand_augment))
+
+
+def test_clips_follow_sampling_area_and_flip(videos):
+    path = videos["wide"]
+    for how in ({"sampling": Sampling("uniform")}, {"area": (0.9, 1.0)}, {"flip": False}):
+        ours = clips_of(path, range(4), rand_augment=None, **how)
+        for view, clip in enumerate(ours):
+            assert_near(clip, one_clip(path, view, rand_augment=None, **how))
+
+
+def test_half_of_the_clips_are_mirrored(videos):
+    whole = {"rand_augment": None, "area": (1.0, 1.0), "aspect": (1.0, 1.0), "sampling": Sampling("dense", 8)}
+    plain, *_ = clips_of(videos["square"], [0], flip=False, **whole)
+    mirrored = 0
+    for clip in clips_of(videos["square"], range(200), **whole):
+        is_mirrored = not np.array_equal(clip, plain)
+        assert not is_mirrored or np.array_equal(clip, plain[:, :, ::-1])
+        mirrored += is_mirrored
+    assert 75 < mirrored < 125
+
+
+def test_views_share_their_frames_and_one_decode_and_depend_on_nothing_else(videos, monkeypatch):
+    path = videos["wide"]
+    asked = []
+    original = Video.read
+    monkeypatch.setattr(Video, "read", lambda self, n, **how: asked.append(list(n)) or original(self, n, **how))
+    together = clips_of(path, range(3), rand_augment=NOISE)
+    assert len(asked) == 1
+    for view in (2, 0):
+        assert np.array_equal(clips_of(path, [view], rand_augment=NOISE)[0], together[view])
+    assert asked[1] == asked[2] == asked[0]
+    assert not np.array_equal(together[0], together[1])
+    for other in ({"epoch": 1}, {"index": 1}, {"seed": 7}):
+        clips_of(path, [0], rand_augment=NOISE, **other)
+    assert len({tuple(numbers) for numbers in asked}) > 1
