@@ -228,13 +228,27 @@ class Finetuning(Verb[FinetuneConfig]):
         if self._average is not None:
             self._average.update_parameters(run.model)
 
+    def is_incomplete(self, run: Run) -> bool:
+        """Whether the run ended between a checkpoint and the validation of that step."""
+        noted = any(row["step"] == run.start for row in _validations(run.out / "evaluations.jsonl"))
+        return run.start > 0 and not noted and self._is_due(run, run.start)
+
+    def begin(self, run: Run, log: RunLog) -> None:
+        if self.is_incomplete(run):
+            with log.pause():
+                self._validate(run, log, run.start)
+
     def after_step(self, run: Run, log: RunLog, done: int) -> None:
-        every = self.config.validate_every * len(run.videos) / self.config.batch_size
-        # at the first step at or after each multiple, and at the end
-        due = every > 0 and (math.floor(done / every) > math.floor((done - 1) / every) or done == run.schedule.steps)
-        if due and self._val is not None:
+        if self._is_due(run, done):
             with log.pause():
                 self._validate(run, log, done)
+
+    def _is_due(self, run: Run, done: int) -> bool:
+        """Validation, at the first step at or after each multiple, and at the end."""
+        every = self.config.validate_every * len(run.videos) / self.config.batch_size
+        if every == 0 or self._val is None:
+            return False
+        return math.floor(done / every) > math.floor((done - 1) / every) or done == run.schedule.steps
 
     def _validate(self, run: Run, log: RunLog, done: int) -> None:
         assert self._val is not None
@@ -293,7 +307,9 @@ class Finetuning(Verb[FinetuneConfig]):
 
 def _validations(path: Path) -> list[dict[str, Any]]:
     """Those of the run so far, by step."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    # a kill can leave half a line at the end
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
     return [row for row in rows if "val_top1" in row]
 
 

@@ -43,6 +43,9 @@ def command(
     except (TooManyUnreadable, TooManyNonFinite, checkpoint.Damaged, checkpoint.CannotSave) as error:
         print(f"{prog}: stopped: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # a full disk, most of all; the last checkpoint is whole
+        print(f"{prog}: stopped: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"{prog}: stopped at once", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -61,7 +64,7 @@ def _one_length(config: C, recipes: dict[str, Callable[[], C]], prog: str) -> C:
 def train(run: Run) -> int:
     """The loop; returns the exit code."""
     config, verb, steps, done = run.config, run.verb, run.schedule.steps, run.start
-    if done >= steps:
+    if done >= steps and not verb.is_incomplete(run):
         return _finish(run, done, "Already finished", [])
     order = Order(len(run.videos), config.seed, config.data.views_per_decode)
     skipped = Skipped(run.out / "skipped.jsonl", run.videos.paths, done)
@@ -172,7 +175,8 @@ def _finish(run: Run, done: int, how: str, stop: list[int]) -> int:
     at = run.out / "checkpoints" / f"step_{done}"
     print(f"\n{how}: {done} steps, {done * run.plan.clips:,} clips.")
     print(f"  checkpoint      {at}")
-    print(f"  curves          {run.out / 'curves.png'}  (or: tensorboard --logdir {run.out / 'tensorboard'})")
+    board = f"  (or: tensorboard --logdir {run.out / 'tensorboard'})" if run.config.log.tensorboard else ""
+    print(f"  curves          {run.out / 'curves.png'}{board}")
     for line in run.verb.results(run, at):
         print(f"  {line}")
     return 0

@@ -4,6 +4,7 @@ What pre-training adds to the loop of train/loop.py: masks, the pixel loss, reco
 tells whether something is learned.
 """
 
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -218,8 +219,8 @@ class Pretraining(Verb[PretrainConfig]):
         pictures = sorted((run.out / "samples").glob("*.png"))
         lines = [f"reconstruction  {pictures[-1]}"] if pictures else []
         recipe = self.config.recipe if self.config.recipe in FINETUNE else "RECIPE"
-        data = "" if recipe == "demo" else " --data LABELLED"
-        return [*lines, f"fine-tune       python -m train.finetune {recipe}{data} --weights {run.out}"]
+        words = [recipe, *([] if recipe == "demo" else ["--data", "LABELLED"]), "--weights", str(run.out)]
+        return [*lines, f"fine-tune       {shlex.join(['python', '-m', 'train.finetune', *words])}"]
 
 
 if __name__ == "__main__":

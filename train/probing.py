@@ -248,7 +248,7 @@ class Probing:
         check(self.every >= 1, f"probe.every must be at least 1; got {self.every}")
         check(self.clips >= 1, f"probe.clips must be at least 1; got {self.clips}")
         check(self.neighbours >= 1, f"probe.neighbours must be at least 1; got {self.neighbours}")
-        check(0 < self.l2 < math.inf, f"probe.l2 must be positive and finite; got {self.l2}")
+        check(0 < self.l2 <= 1e6, f"probe.l2 must be in (0, 1e6]; got {self.l2}")
 
 
 class _Kept(NamedTuple):
@@ -318,12 +318,17 @@ class OnlineProbe:
         labels, wanted = self._train.labels.to(train.device), self._test.labels.to(train.device)
         votes = knn_probabilities(train, labels, test, self._num_classes, neighbours=self._config.neighbours)
         logits = fit_linear(train, labels, self._num_classes, l2=self._config.l2)(test)
-        return dict(zip(self.names, (share_right(votes, wanted), share_right(logits, wanted)), strict=True))
+        return dict(zip(self.names, (_recognised(votes, wanted), _recognised(logits, wanted)), strict=True))
 
     def _features(self, encoder: Encoder, frames: Tensor, autocast: torch.dtype | None) -> Tensor:
         device = encoder.positions.device
         with frozen(encoder), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             return torch.cat([features_of(encoder, part.to(device)) for part in frames.split(self._at_once)])
+
+
+def _recognised(values: Tensor, labels: Tensor) -> float:
+    """Percent; nothing where the features are not finite, which shall not end a run."""
+    return share_right(values, labels) if values.isfinite().all() else 0.0
 
 
 def _read(

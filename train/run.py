@@ -34,6 +34,7 @@ from videomae.data.torchcodec_reader import check_parity
 _FREE = (
     *("data.path", "data.val", "data.cache", "data.cache_gb", "validate_every"),
     *("out", "epochs", "steps", "micro_batch", "workers", "device", "resume", "optim.max_nonfinite"),
+    "precision",  # told apart by what it comes to
     *("engine", "attention", "model.recompute", "model.short_last_layer"),
 )
 _FREE_SECTIONS = ("loader.", "log.", "checkpoint.", "probe.")
@@ -79,6 +80,7 @@ class Run:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the weights."""
         return {
+            "verb": self.verb.name,
             "config": flat(self.config),
             "videos": self.verb.fingerprint(self.videos),
             "micro_batch": self.plan.micro_batch,
@@ -103,6 +105,7 @@ def prepare(verb: Verb) -> tuple[Run, Path | None]:
     attention = _attention(verb, device, PRECISIONS[precision] or torch.float32)
     videos = verb.find_videos()
     out = Path(config.out or f"runs/{verb.name}-{config.recipe}")
+    check(not out.exists() or out.is_dir(), f"{out} is a file; --out is a folder for the run")
     found = _find_checkpoint(verb, out, videos, precision)
 
     torch.manual_seed(config.seed)
@@ -205,6 +208,10 @@ def _find_checkpoint(verb: Verb, out: Path, videos: VideoList, precision: str) -
 def _differences(verb: Verb, state: dict[str, Any], videos: VideoList, precision: str) -> list[str]:
     """What makes this another run than the one that state is of."""
     # a setting that the program of then did not have: it did what the recipe does now
+    kind = state.get("verb", "pretrain")  # the only one until 0.1
+    check(
+        kind == verb.name, f"that checkpoint is of train.{kind}, not of train.{verb.name}: start from it with --weights"
+    )
     config = verb.config
     new, old = flat(config), flat(verb.recipes[config.recipe]()) | state["config"]
     old["data.views_per_decode"] = old.pop("sampling.views", old["data.views_per_decode"])  # its name until 0.1

@@ -25,7 +25,7 @@ from train.checkpoint import checkpoints
 from train.cli import parse_flags, user_errors
 from train.record import surroundings
 from train.run import demo_list
-from train.study_jobs import Job, JobFailed, run_jobs
+from train.study_jobs import Job, JobFailed, Terminated, run_jobs
 from videomae.data.dataset import find_videos
 from videomae.data.pool import available_cpus
 
@@ -41,7 +41,7 @@ class StudyConfig:
     name: Annotated[Literal["learns"], tyro.conf.Positional] = "learns"
     seeds: int = 3
     labels: int = 504  # labelled clips, an equal number of every class
-    epochs: float = 10.0  # over the labelled clips
+    epochs: float = 5.0  # over the labelled clips
     steps: int | None = None  # of pre-training; the demo recipe's if not given
     runs: str = "runs/study"  # folder of the runs
     out: str = "results"  # folder of the table and the plot
@@ -50,7 +50,8 @@ class StudyConfig:
     def __post_init__(self) -> None:
         check(self.seeds >= 1, f"seeds must be at least 1; got {self.seeds}")
         check(self.labels >= 1, f"labels must be at least 1; got {self.labels}")
-        check(self.epochs > 0, f"epochs must be positive; got {self.epochs}")
+        check(0 < self.epochs < 1e9, f"epochs must be positive and finite; got {self.epochs}")
+        check(self.steps is None or self.steps >= 1, f"steps must be at least 1; got {self.steps}")
         check(self.jobs is None or self.jobs >= 1, f"jobs must be at least 1; got {self.jobs}")
 
 
@@ -72,7 +73,7 @@ class Row:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0 done, 1 a run failed, 2 wrong use."""
+    """Run the command; 0 done, 1 a run failed, 2 wrong use, 130 and 143 stopped by Ctrl-C, SIGTERM."""
     about = "Small experiments on the demo's clips, each ending in a table and a plot."
     given = sys.argv[1:] if arguments is None else arguments
     config = parse_flags(given, StudyConfig, prog=PROG, about=about)
@@ -88,9 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except JobFailed as error:
         print(f"{PROG}: stopped: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print(f"{PROG}: stopped; the same command goes on", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stopped, Terminated) else 130
     rows = read_rows(config, folder)
     _write(config, jobs, rows, seconds, time.monotonic() - begin)
     return 0

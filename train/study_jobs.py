@@ -26,6 +26,10 @@ class JobFailed(Exception):
     """A command of the study ended with an error; the message has its last line."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
 @dataclass
 class _Running:
     job: Job
@@ -40,7 +44,8 @@ def run_jobs(
     command took.
 
     What is done is written to folder/NAME.json with its command: a job whose command changed is run again. A job that
-    was stopped is started with the same command, and goes on by itself. Raises JobFailed.
+    was stopped is started with the same command, and goes on by itself. No command outlives this one, but for kill -9.
+    Raises JobFailed, and Terminated at SIGTERM.
     """
     names = {job.name for job in jobs}
     for job in jobs:
@@ -51,6 +56,7 @@ def run_jobs(
     running: list[_Running] = []
     if done:
         say(f"{len(done)} of {len(jobs)} runs were done before")
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         while waiting or running:
             for job in [job for job in waiting if set(job.needs) <= set(done)][: at_once - len(running)]:
@@ -68,7 +74,12 @@ def run_jobs(
             one.process.send_signal(signal.SIGTERM)  # a run saves a checkpoint
         for one in running:
             one.process.wait()
+        signal.signal(signal.SIGTERM, before)
     return done
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated
 
 
 def _start(job: Job, folder: Path, threads: int) -> _Running:

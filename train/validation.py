@@ -12,6 +12,8 @@ from train.run import Run
 from videomae.data.labelled import LabelledVideos
 from videomae.data.readers import ViewReader
 
+_FEW = 8
+
 
 @torch.no_grad()
 def validate(
@@ -26,7 +28,9 @@ def validate(
     model.eval()
     labels = torch.tensor(videos.labels)
     loss, top1, top5, lost, nonfinite = 0.0, 0, 0, 0, 0
-    reading = Reading(run.workers, run.config.loader, run.config.data.cache_of(source))
+    # a few are read sooner than processes start
+    workers = run.workers if len(videos) > _FEW else 0
+    reading = Reading(workers, run.config.loader, run.config.data.cache_of(source))
     indices = range(len(videos))
     for found in read_views(reader, videos.videos.paths, indices, views=1, device=run.device, reading=reading, say=say):
         for skip in found.skips:

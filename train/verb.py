@@ -97,6 +97,10 @@ class Verb(ABC, Generic[C]):
     def keep(self, batch: OnDevice) -> None:
         """Take those clips; their memory is used anew afterwards."""
 
+    def is_incomplete(self, run: "Run") -> bool:
+        """Whether something is left to do, in `begin`, for a run whose steps are all done."""
+        return False
+
     def begin(self, run: "Run", log: "RunLog") -> None:
         """Before the first step of this part of the run."""
 

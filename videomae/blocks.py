@@ -185,14 +185,13 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """keep, keep_second: which clips keep what the attention and what the MLP give."""
         normed, x = self.norm1.add(branch, x)
+        attn = partial(self.attn, last=last, remake=_again(self.norm1, x, recompute, keep))
         if keep is None:
-            mixed = self.attn(normed, last, _norm_of(self.norm1, x) if recompute == "norms" else None)
+            mixed = attn(normed)
         else:  # the bias is dropped with the rest
-            mixed = Branch(self.drop_path(lambda kept: self.attn(kept, last).whole(), normed, keep), None)
+            mixed = Branch(self.drop_path(lambda kept: attn(kept).whole(), normed, keep), None)
         normed, x = self.norm2.add(mixed.x, x if last is None else x[:, -last:].contiguous(), mixed.bias)
-        # clips that are dropped leave others' norms, which could not be made anew from x
-        again = _norm_of(self.norm2, x) if recompute == "norms" and keep_second is None else None
-        mlp = partial(self.mlp, remake=again, reduce=reduce)
+        mlp = partial(self.mlp, remake=_again(self.norm2, x, recompute, keep_second), reduce=reduce)
         made = self.drop_path(partial(_anew, mlp) if recompute == "mlp" else mlp, normed, keep_second)
         return x if reduce is None else reduce(x), made
 
@@ -261,6 +260,13 @@ def _anew(function: Callable[..., Any], *arguments: Any) -> Any:
     """function(*arguments), of which the backward pass keeps the arguments and computes the rest anew; it must draw
     nothing."""
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+def _again(norm: LayerNorm, x: Tensor, recompute: Recompute, keep: Tensor | None) -> Callable[[], Tensor] | None:
+    """What gives the norm of x to a backward pass that is not to keep it. None where only some clips' is computed on:
+    x gives that of all."""
+    whole = keep is None or not is_known(keep)
+    return _norm_of(norm, x) if recompute == "norms" and whole else None
 
 
 def _norm_of(norm: LayerNorm, x: Tensor) -> Callable[[], Tensor]:

@@ -125,6 +125,33 @@ def test_goes_on_after_a_stop_as_if_there_had_been_none(classes, tmp_path, monke
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_validation_that_was_interrupted_is_made_up_for(step, classes, tmp_path, monkeypatch, capsys):
+    """After three of six steps, and after the last, whose checkpoint is there."""
+    flags = ("--steps", 6, *ALL, "--checkpoint.every", 3)
+    assert run(classes, tmp_path / "whole", *flags) == 0
+    original = Finetuning._validate
+
+    def interrupted(self, run, log, done):
+        if done == step:
+            raise SystemExit
+        original(self, run, log, done)
+
+    monkeypatch.setattr(Finetuning, "_validate", interrupted)
+    with pytest.raises(SystemExit):
+        run(classes, tmp_path / "partly", *flags)
+    monkeypatch.setattr(Finetuning, "_validate", original)
+    with (tmp_path / "partly" / "evaluations.jsonl").open("a") as file:
+        file.write('{"step": 6, "val_t')  # as a kill leaves it
+    assert run(classes, tmp_path / "partly", *flags) == 0
+    assert evaluations(tmp_path / "partly") == evaluations(tmp_path / "whole")
+    assert_same(weights(tmp_path / "whole", 6), weights(tmp_path / "partly", 6))
+    capsys.readouterr()
+    assert run(classes, tmp_path / "partly", *flags) == 0
+    assert "Already finished" in capsys.readouterr().out
+
+
+@pytest.mark.long
 def test_survives_kill_9(classes, tmp_path):
     flags = ["--steps", "40", *ALL, "--checkpoint.every", "2"]
     assert run(classes, tmp_path / "whole", *flags) == 0
@@ -328,3 +355,12 @@ def test_every_recipe_describes_a_model_that_can_be_built():
         verb = Finetuning(make())
         assert verb.sequences()["encoder"][0] == verb.input.num_cubes
         assert verb.together % verb.config.data.views_per_decode == 0
+
+
+def test_refuses_to_go_on_from_pre_training(classes, tmp_path, capsys):
+    before = tmp_path / "pretrained"
+    assert pretrain(classes / "train", before, "--steps", 1) == 0
+    with pytest.raises(SystemExit) as end:
+        run(classes, tmp_path / "run", "--steps", 2, "--resume", before / "checkpoints/step_1")
+    assert end.value.code == 2
+    assert "train.pretrain, not of train.finetune: start from it with --weights" in capsys.readouterr().err

@@ -251,13 +251,15 @@ def test_what_is_dropped_is_the_same_when_it_is_computed_anew(recompute, tmp_pat
 @pytest.mark.parametrize("recompute", ["none", "block"])
 @pytest.mark.parametrize("drops", [[], DROPS], ids=["", "drops"])
 @pytest.mark.parametrize("name", ["graph", pytest.param("compile", marks=pytest.mark.long)])
-def test_engines_train_alike(name, drops, recompute, tmp_path):
+def test_engines_train_alike(name, drops, recompute, tmp_path, monkeypatch):
     def make(objective, updater):
         if name == "graph":
             return Graphs(objective, updater, Recorder())
         return Compiled(objective, updater, backend="aot_eager")
 
     eager = trained(Engine, tmp_path / "eager", *drops)
+    # as on a GPU, where there are graphs: what is drawn changes no shape
+    monkeypatch.setattr("videomae.blocks.is_known", lambda _: False)
     other = trained(make, tmp_path / "other", *drops, recompute=recompute)
     torch.testing.assert_close(other[0], eager[0], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(other[1], eager[1], rtol=1e-3, atol=2e-4)
@@ -267,15 +269,15 @@ def test_engines_train_alike(name, drops, recompute, tmp_path):
 
 
 def test_every_setting_reaches_the_reader_and_the_model(tmp_path):
-    flags = "--augment.area 0.3 0.6 --augment.aspect 0.9 1.2 --augment.flip true --rand-augment.ops 3 --allow-nearest"
-    flags += " --sampling.kind uniform --sampling.stride 4 --model.recompute mlp --model.init-scale 5 --smoothing 0.3 --precision bfloat16"
-    flags += " --rand-augment.magnitude 5"
+    flags = "--augment.area 0.3 0.6 --augment.aspect 0.9 1.2 --augment.flip false --rand-augment.ops 3 --allow-nearest"
+    flags += " --sampling.kind uniform --sampling.stride 4 --model.recompute mlp --model.init-scale 5 --smoothing 0.3"
+    flags += " --rand-augment.magnitude 5 --precision bfloat16"
     run = start(tmp_path, *[*DROPS, *flags.split()])
     assert run.verb.reader() == LabelledClipReader(
         *(4, (SIDE, SIDE), Sampling("uniform"), 4, RandAugment(magnitude=5, ops=3)),
         area=(0.3, 0.6),
         aspect=(0.9, 1.2),
-        flip=True,
+        flip=False,
         nearest=True,
         decoder=run.config.data.decoder,
     )
@@ -344,6 +346,11 @@ def test_validation_draws_nothing_and_leaves_the_model_as_it_was(tmp_path, monke
     assert values[0]["val_loss"] == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-5)
     assert values[0]["val_top1"] == pytest.approx(100 * (logits.argmax(1) == labels).sum().item() / VIDEOS)
     assert (values[0]["val_top5"], values[0]["val_unreadable"]) == (pytest.approx(100 * 8 / 9), 1)
+    run.precision, seen = "bfloat16", []
+    model.head.register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
+    monkeypatch.setattr("train.validation.read_views", lambda *_, **__: iter(found))
+    validate(model, videos, None, run, source="", say=said.say)
+    assert set(seen) == {torch.bfloat16}
 
 
 def test_bfloat16_is_that_of_the_model_and_the_loss_is_float32(tmp_path):

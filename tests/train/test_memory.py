@@ -80,7 +80,12 @@ def measured_and_estimated(
 
 def classifier_measured_and_estimated(size, recompute, clips, *, frames=16, side=224, parts=1, normalized=True):
     """The same of a step of fine-tuning, mixup, drop path and dropout included."""
-    with FakeTensorMode(), patch.object(launch, "_interpret", True), patch("torch.nn.init.trunc_normal_"):
+    with (
+        FakeTensorMode(),
+        patch.object(launch, "_interpret", True),
+        patch("videomae.blocks.is_known", lambda _: False),  # as on a GPU
+        patch("torch.nn.init.trunc_normal_"),
+    ):
         model = videomae.classifier(size, num_classes=400, frames=frames, image_size=side, head_dropout=0.5)
         set_recompute(model, recompute)
         arrived = torch.empty(clips, frames, side, side, 3, dtype=torch.uint8)
@@ -99,7 +104,7 @@ def classifier_measured_and_estimated(size, recompute, clips, *, frames=16, side
     return allocated.peak + 12 * num_parameters + arrived.numel() * (5 if normalized else 1), estimated
 
 
-@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("recompute", ["norms", "block"])
 def test_is_within_eight_percent_of_what_fine_tuning_vit_base_allocates(recompute):
     measured, estimated = classifier_measured_and_estimated("vit_base", recompute, 8)
     assert estimated == pytest.approx(measured, rel=0.08)

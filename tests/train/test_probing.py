@@ -291,6 +291,12 @@ def test_an_online_probe_takes_few_clips_and_says_which_it_cannot_read(labelled)
     assert online(labelled, said.append, clips=4).counts[1] <= 4
 
 
+def test_an_online_probe_of_features_that_are_not_finite_recognises_nothing(labelled):
+    model = model_of()
+    model.encoder.blocks[0].mlp.fc2.bias.data.fill_(math.nan)
+    assert online(labelled).probe(model) == {"probe_knn": 0.0, "probe_linear": 0.0}
+
+
 def test_an_online_probe_refuses_what_memory_does_not_hold(labelled, monkeypatch):
     monkeypatch.setattr(probing, "memory_budget", lambda device: 10_000)
     with pytest.raises(ValueError, match="the 12 and 6 clips of the probe take 0 MB .* give fewer --probe.clips"):
@@ -298,7 +304,8 @@ def test_an_online_probe_refuses_what_memory_does_not_hold(labelled, monkeypatch
     for name in ("every", "clips", "neighbours"):
         with pytest.raises(ValueError, match=f"probe.{name} must be at least 1; got 0"):
             Probing("x", **{name: 0})
-    with pytest.raises(ValueError, match="probe.l2 must be positive"):
-        Probing("x", l2=0)
+    for l2 in (0, 1e300, math.nan):
+        with pytest.raises(ValueError, match="probe.l2 must be in"):
+            Probing("x", l2=l2)
     with pytest.raises(ValueError, match="a probe needs labelled videos"):
         OnlineProbe(Probing(), Input(4, 16, (2, 8, 8)), Sampling(), seed=0)

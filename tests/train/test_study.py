@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from functools import partial
 
 import pytest
@@ -13,7 +14,7 @@ from tests.conftest import ROOT
 from tests.runs import wait_for
 from train.checkpoint import checkpoints
 from train.study import StudyConfig, learns, main, read_rows
-from train.study_jobs import Job, JobFailed, run_jobs
+from train.study_jobs import Job, JobFailed, Terminated, run_jobs
 
 
 def writes(path, text="1", needs=()):
@@ -53,6 +54,25 @@ def test_stops_at_a_command_that_fails_and_says_why(tmp_path):
     assert not (tmp_path / "later.out").exists()
     with pytest.raises(ValueError, match="later needs"):
         run_jobs([later], tmp_path / "study", at_once=1, threads=1)
+
+
+def test_no_command_outlives_the_study(tmp_path):
+    noted = tmp_path / "pid"
+    work = f"import os, pathlib, time; pathlib.Path({str(noted)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    before = signal.getsignal(signal.SIGTERM)
+
+    def terminate():
+        wait_for(lambda: noted.exists() and noted.read_text())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=terminate)
+    sender.start()
+    with pytest.raises(Terminated):
+        run_jobs([Job("long", ("timeit", "-n", "1", "-r", "1", work))], tmp_path / "study", at_once=1, threads=1)
+    sender.join()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(noted.read_text()), 0)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def write_result(path, **values):
@@ -105,7 +125,7 @@ def test_scratch_and_pre_trained_get_the_same_labels_and_steps(tmp_path, monkeyp
 
 def test_refuses_in_one_line(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for flags, says in ((["--seeds", "0"], "seeds"), (["dances"], "dances"), (["--labels", "0"], "labels")):
+    for flags, says in ((["--seeds", "0"], "seeds"), (["dances"], "dances"), (["--epochs", "inf"], "epochs")):
         with pytest.raises(SystemExit) as end:
             main(flags)
         assert end.value.code == 2

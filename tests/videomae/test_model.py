@@ -209,7 +209,7 @@ def test_drop_path_drops_whole_clips_and_keeps_the_mean():
     assert rates == pytest.approx([0.01 * i for i in range(12)])
 
 
-@pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("keep", [[True, False, True], [False, False, False], [True, True, True]])
 def test_a_dropped_branch_is_one_times_zero_whoever_computes_it(recompute, keep, monkeypatch):
     """Survivors only, where the draw is known, against all times a mask, as on a GPU; and the pooled blocks against the

@@ -137,10 +137,10 @@ def make_demo(
     """The path of `train.csv` in a folder of demo videos, made there unless it is there already.
 
     `train` and `test` count videos, an equal number of each motion where they divide. The lists, `train.csv` and
-    `test.csv`, hold lines `path label` with paths relative to the folder, `classes.txt` the motions' names. The folder
-    appears complete or not at all; one made with other parameters, or damaged, is made again. `progress` is called with the videos done and the videos
-    to make. Several processes may call this at once: one makes the folder, the others wait. ValueError if the folder
-    holds anything else.
+    `test.csv`, hold lines `path label` with paths relative to the folder; `classes.txt` has the motions' names. The
+    folder appears complete or not at all; one made with other parameters, or damaged, is made again. `progress` is
+    called with the videos done and the videos to make. Several processes may call this at once: one makes the folder,
+    the others wait. ValueError if the folder holds anything else.
     """
     counts = {"train": train, "test": test}
     if train < 1 or test < 0:
