@@ -30,7 +30,7 @@ from videomae.data.shards import is_locator
 from videomae.data.torchcodec_reader import check_parity
 
 # what may differ between the parts of one run: nothing here changes a clip. steps and epochs change the learning rates
-# still to come; micro_batch, device and how a step is computed the rounding
+# still to come; micro_batch, device and how a step is computed the rounding, and the first two what drop path draws
 _FREE = (
     *("data.path", "data.val", "data.cache", "data.cache_gb", "validate_every"),
     *("out", "epochs", "steps", "micro_batch", "workers", "device", "resume", "optim.max_nonfinite"),

@@ -86,6 +86,7 @@ def test_the_table_has_scratch_at_the_best_of_its_rates(tmp_path):
         write_result(tmp_path / f"finetune-{seed}" / "evaluations.jsonl", step=9, val_top1=tuned)
         for i, value in enumerate(scratch):
             write_result(tmp_path / f"scratch-{i}-{seed}" / "evaluations.jsonl", step=9, val_top1=value)
+        write_result(tmp_path / f"longer-{seed}" / "evaluations.jsonl", step=9, val_top1=70)
         for name, value in (("probe", 60 + seed), ("untrained", 20)):
             accuracy = {"knn": {"top1": value}, "linear": {"top1": value + 5}}
             write_result(tmp_path / f"{name}-{seed}" / "result.json", accuracy=accuracy)
@@ -98,7 +99,7 @@ def test_the_table_has_scratch_at_the_best_of_its_rates(tmp_path):
     ]
     assert "best of three" in rows[1].note
     assert rows[0].deviation == pytest.approx(50**0.5)
-    assert [row.mean for row in rows[4:]] == [65.5, 25, 60.5, 20]
+    assert [row.mean for row in rows[4:]] == [70, 65.5, 25, 60.5, 20]
 
 
 def test_scratch_and_pre_trained_get_the_same_labels_and_steps(tmp_path, monkeypatch):
@@ -153,4 +154,4 @@ def test_stopped_it_goes_on_and_ends_in_a_table_and_a_plot(tmp_path):
     out = tmp_path / "results/learns"
     assert "| pre-trained, fine-tuned |" in (out / "README.md").read_text()
     assert (out / "accuracy.png").stat().st_size > 10_000
-    assert len(json.loads((out / "study.json").read_text())["rows"]) == 8
+    assert len(json.loads((out / "study.json").read_text())["rows"]) == 9

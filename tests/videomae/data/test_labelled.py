@@ -61,6 +61,12 @@ def test_takes_the_list_of_the_split_in_a_folder(tmp_path):
     val = find_labelled(tmp_path, "val")
     assert val.videos.paths == test.videos.paths
     assert val.videos.notes == (f"no val videos in {tmp_path}: those of test serve",)
+    # where both are there, neither serves as the other
+    write(tmp_path, val__csv="g.mp4 1\nh.mp4 0\n")
+    for split, names in (("val", "gh"), ("test", "cd")):
+        found = find_labelled(tmp_path, split)
+        assert [path[-5:] for path in found.videos.paths] == [f"{name}.mp4" for name in names]
+        assert found.videos.notes == ()
     (tmp_path / "test.csv").rename(tmp_path / "val.csv")
     assert "those of val serve" in find_labelled(tmp_path, "test").videos.notes[0]
 
