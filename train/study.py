@@ -270,7 +270,7 @@ def _plot(rows: list[Row], path: Path, config: StudyConfig) -> None:
     axes.barh(places, [row.mean for row in rows], color=colours, alpha=0.6)
     for place, row in zip(places, rows, strict=True):
         axes.plot(row.values, [place] * len(row.values), "o", color="black", markersize=4)
-        axes.text(min(max(row.values) + 1.5, 93), place, f"{row.mean:.1f}", va="center")
+        axes.text(min(max(row.values) + 1.5, 95), place, f"{row.mean:.1f}", va="center")
     labels = [f"{row.name}\n({row.note})" if row.note else row.name for row in rows]
     axes.set_yticks(list(places), labels)
     axes.axvline(100 / 12, color="black", linestyle=":", linewidth=1)
