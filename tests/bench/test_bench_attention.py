@@ -121,7 +121,8 @@ def test_a_run_on_a_gpu_writes_its_proposal_and_keeps_it_when_asked(kept, monkey
 
 
 def test_the_heads_of_a_decoder_are_as_wide_as_its_encoder_s():
-    for name, size in SIZES.items():
+    for name in ("vit_small", "vit_base", "vit_large", "vit_huge"):
+        size = SIZES[name]
         encoder, decoder = bench_attention.sequences(shape_of(name))
         assert (encoder.length, encoder.heads, encoder.head_width) == (160, size.heads, size.width // size.heads)
         assert (decoder.length, decoder.heads, decoder.head_width) == (1568, size.decoder_heads, encoder.head_width)

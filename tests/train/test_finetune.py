@@ -274,6 +274,7 @@ def test_the_published_recipe_runs_with_everything_on(classes, tmp_path, capfd):
     assert "half of the clips mirrored" in capfd.readouterr().out
 
 
+@pytest.mark.long
 def test_reads_the_nearest_frames_of_a_strided_set_if_told_to(classes, tmp_path, capsys):
     stored = tmp_path / "stored"
     list_file = classes / "train.csv"
