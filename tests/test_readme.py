@@ -38,7 +38,7 @@ def test_every_recipe_and_command_is_named():
 
 @pytest.mark.long
 def test_its_python_runs():
-    code = README.split("```python")[1].split("```")[0]
+    code = README.split("## From Python")[1].split("```python")[1].split("```")[0]
     # all but the weights, which a reader brings along
     code, count = re.subn(r"^report = .*?^\)|^report = [^\n]*$", "", code, flags=re.S | re.M)
     assert count == 1
