@@ -9,6 +9,7 @@ of every file that it opened. All readers give the same frames, rotation, colour
 Readers hold C state: open them in the process that uses them.
 """
 
+import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -165,13 +166,21 @@ class _Index(NamedTuple):
     rate: float  # frames a second
 
 
-# by path: a file is read again in every epoch. 8,192 of 300 frames take 20 MB
-@lru_cache(maxsize=8192)
 def _index(path: str) -> _Index:
     """Raises UnreadableVideo when the file is missing, is no video, or has no frame to show."""
     try:
-        if not Path(path).exists():
-            raise UnreadableVideo(path, "no such file")
+        found = os.stat(path)
+    except FileNotFoundError as error:
+        raise UnreadableVideo(path, "no such file") from error
+    except (OSError, ValueError) as error:
+        raise UnreadableVideo(path, _reason(error)) from error
+    return _read_index(path, found.st_mtime_ns, found.st_size)
+
+
+# a file is read again in every epoch, and its name may become another's. 8,192 of 300 frames take 20 MB
+@lru_cache(maxsize=8192)
+def _read_index(path: str, changed: int, size: int) -> _Index:
+    try:
         with av.open(path, metadata_errors="replace") as container:
             stream = _stream(path, container)
             found = [p for p in container.demux(stream) if p.size > 0]

@@ -183,3 +183,11 @@ def test_refuses_frame_numbers_out_of_range(tmp_path):
     for number in (-1, 5):
         with pytest.raises(IndexError, match="frames 0 to 4"):
             video.read([number])
+
+
+def test_a_name_that_becomes_another_file_is_read_anew(tmp_path):
+    path = write_video(tmp_path / "a.mp4", moving_frames(12))
+    assert len(Video(path)) == 12
+    write_video(tmp_path / "b.mp4", moving_frames(30, seed=1)).rename(path)
+    assert len(Video(path)) == 30
+    assert Video(path).read([29]).shape[0] == 1
