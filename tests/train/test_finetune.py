@@ -332,6 +332,7 @@ def test_the_objective_compiles_in_one_piece():
     frames = torch.randint(0, 256, (4, 4, 16, 16, 3), dtype=torch.uint8)
     lam, partner = torch.tensor([0.3, 1.0, 1.0, 0.3]), torch.tensor([3, 2, 1, 0])
     inputs = {"labels": torch.tensor([0, 4, 2, 1]), "lam": lam, "partner": partner, "blend": lam}
+    torch._dynamo.reset()
     compiled = torch.compile(objective, fullgraph=True, dynamic=False, backend="aot_eager")
     results = []
     for function in (objective, compiled):

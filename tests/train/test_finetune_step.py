@@ -255,6 +255,7 @@ def test_engines_train_alike(name, drops, recompute, tmp_path, monkeypatch):
     def make(objective, updater):
         if name == "graph":
             return Graphs(objective, updater, Recorder())
+        torch._dynamo.reset()  # of the compilations before, which count against a limit
         return Compiled(objective, updater, backend="aot_eager")
 
     eager = trained(Engine, tmp_path / "eager", *drops)
