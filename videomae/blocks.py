@@ -131,8 +131,11 @@ class DropPath(nn.Module):
             return branch(x)
         if is_known(keep):
             # only the survivors are computed; none of them still gives gradients
+            if keep.all():
+                return branch(x) / (1 - self.rate)
             kept = keep.nonzero().flatten()
-            made = branch(x[kept]) / (1 - self.rate)
+            # not x[kept], whose gradient is added value by value
+            made = branch(x.index_select(0, kept)) / (1 - self.rate)
             return made.new_zeros(len(x), *made.shape[1:]).index_copy(0, kept, made)
         made = branch(x)
         return made * keep.view(-1, *[1] * (made.ndim - 1)).to(made.dtype) / (1 - self.rate)
