@@ -95,6 +95,37 @@ class Sampling:
         return [min(i, num_frames - 1) for i in spread + [num_frames] * (length - len(spread))]
 
 
+@dataclass(frozen=True)
+class KeyFrameClip:
+    """How a detector sees the moment of a key frame: a clip with it in the middle (RECIPES H.2)."""
+
+    stride: int = 4
+    # frames a second at which the video is seen, the nearest of its own; None: all that it has
+    rate: float | None = 25.0
+    short_side: int = 256  # pixels, of the frames in a test; training crops them
+
+    def __post_init__(self) -> None:
+        check(self.stride >= 1, f"clip.stride must be at least 1; got {self.stride}")
+        check(self.rate is None or 0 < self.rate <= 1000, f"clip.rate must be in (0, 1000]; got {self.rate}")
+        check(1 <= self.short_side <= 8192, f"clip.short-side must be in [1, 8192]; got {self.short_side}")
+
+    def span(self, length: int) -> int:
+        """Frames that the clip is spread over."""
+        return length * self.stride
+
+    def offsets(self, before: int, after: int, length: int) -> list[int]:
+        """`length` frame numbers counted from the key frame, of a video with so many frames before it, and after it
+        with the key frame itself.
+
+        Of 16 frames 4 apart: -31, -27, ..., -3, 1, ..., 29, so the key frame is not among them. Where one side is
+        shorter than half of the span, the other is cut to it, and the first and last frames repeat.
+        """
+        check(before >= 0 and after >= 1, f"a key frame must be in the video; got {before} frames before, {after} after")
+        half = min(before, after)
+        start = (2 * half - self.span(length)) // 2 + (self.stride - 1) // 2
+        return [min(max(start + self.stride * i, 0), max(2 * half - 1, 0)) - half for i in range(length)]
+
+
 def _check_counts(num_frames: int, length: int) -> None:
     check(num_frames >= 1 and length >= 1, f"no clip of {length} frames can be read from a video of {num_frames}")
 
