@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from train.detect_recipes import DETECT
 from train.finetune_recipes import FINETUNE
 from train.recipes import PRETRAIN
 
@@ -28,7 +29,7 @@ def test_the_road_leads_through_files_that_exist():
 
 
 def test_every_recipe_and_command_is_named():
-    for name in (*PRETRAIN, *FINETUNE):
+    for name in (*PRETRAIN, *FINETUNE, *DETECT):
         assert f"`{name}`" in README or f"train {name}" in README, name
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     assert {"demo", "test", "test-all", "bench", "lint"} <= targets

@@ -15,8 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from kernels.launch import check
 from train.cli import flat, parse, user_errors
 from train.evaluation import (
@@ -30,8 +28,9 @@ from train.evaluation import (
     said,
     view_reader,
 )
-from train.inference import Inference, Reading, Views, find_weights, read_views
+from train.inference import Inference, Reading, Views, find_weights, name_of, read_views
 from train.predictions import Predictions, Row, claim
+from train.progress import Progress
 from train.record import surroundings
 from train.run import demo_list, warn_of
 from train.scores import Scores, draw_confusion, score, write_tables
@@ -44,7 +43,6 @@ from videomae.metrics import average_views
 from videomae.weight_files import write_atomically
 
 PROG = "python -m train.evaluate"
-_SAY_EVERY = 30.0  # seconds, where no bar is drawn
 _WORST = 5  # classes on the terminal
 
 
@@ -144,12 +142,7 @@ def _name(config: EvaluateConfig, weights: str) -> str:
     """Of the results' folder."""
     if config.recipe != AS_TRAINED:
         return config.recipe
-    path = Path(weights.rstrip("/"))
-    if path.parent.name == "checkpoints":
-        return f"{path.parents[1].name}-{path.name}"
-    # an average of the weights has its name in every run
-    of_run = path.parent.parent.name == "checkpoints"
-    return f"{path.parents[2].name}-{path.parent.name}-{path.stem}" if of_run else path.stem
+    return name_of(weights)
 
 
 def _say_protocol(evaluation: Evaluation) -> None:
@@ -189,7 +182,7 @@ def _predict(evaluation: Evaluation, predictions: Predictions, todo: Sequence[in
     # more processes than videos would only be started
     reading = replace(reading, workers=min(reading.workers_for(inference.device), len(todo)))
     paths, labels = evaluation.videos.videos.paths, evaluation.videos.labels
-    with _Progress(len(evaluation.mine), len(evaluation.mine) - len(todo)) as progress:
+    with Progress(len(evaluation.mine), len(evaluation.mine) - len(todo)) as progress:
         videos = read_views(
             evaluation.reader,
             paths,
@@ -222,35 +215,6 @@ def _probabilities(evaluation: Evaluation, views: Views) -> Any:
             path, precision = evaluation.videos.videos.paths[index], evaluation.inference.precision
             raise NotFinite(f"the model's outputs for {path} are not finite, in {precision}")
     return probabilities.numpy()
-
-
-class _Progress:
-    """A bar where stderr is a terminal, a line now and then elsewhere."""
-
-    def __init__(self, total: int, done: int) -> None:
-        self._total, self._done, self._begun = total, done, done
-        self._started = self._said = time.monotonic()
-        interactive = sys.stderr.isatty()
-        self._bar = tqdm(total=total, initial=done, unit=" videos", leave=False, disable=not interactive)
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def say(self, line: str) -> None:
-        tqdm.write(line, file=sys.stderr)
-
-    def advance(self, videos: int) -> None:
-        self._done += videos
-        self._bar.update(videos)
-        now = time.monotonic()
-        if self._bar.disable and now - self._said >= _SAY_EVERY:
-            self._said = now
-            rate = (self._done - self._begun) / (now - self._started)
-            left = (self._total - self._done) / rate / 60
-            print(f"{self._done:,} of {self._total:,} videos, {rate:.3g} a second, {left:.0f} minutes left", flush=True)
 
 
 def _report_part(evaluation: Evaluation, predictions: Predictions) -> int:

@@ -20,6 +20,7 @@ from videomae.data.loader import LoaderConfig
 from videomae.data.readers import ViewReader
 from videomae.data.sampling import Sampling
 from videomae.data.storage import CacheConfig, is_url
+from videomae.detector import Detector
 from videomae.metrics import Average
 from videomae.model import Encoder, Input
 
@@ -156,8 +157,10 @@ def said(sampling: Sampling) -> str:
 def read_classifier(source: str) -> tuple[Classifier, tuple[str, ...]]:
     """The classifier in these weights, and what is to be said of loading it. ValueError where they are of none."""
     model, report = read_model(source)
+    if isinstance(model, Detector):
+        raise ValueError(f"{source} holds a detector, which classifies boxes around key frames, not videos")
     if not isinstance(model, Classifier):
-        kind = "an encoder" if type(model).__name__ == "Encoder" else "pre-training weights"
+        kind = "an encoder" if isinstance(model, Encoder) else "pre-training weights"
         raise ValueError(
             f"{source} holds {kind}, without a head for classes: fine-tune first (python -m train.finetune)"
         )

@@ -4,9 +4,6 @@ What fine-tuning adds to the loop of train/loop.py: labels, where the weights co
 (mixup, CutMix, erasing), an average of the weights, and validation.
 """
 
-import json
-import math
-import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -27,9 +24,10 @@ from train.memory import Workload
 from train.objective import ClassifyObjective
 from train.optim import PRECISIONS
 from train.plan import finetune_workload
-from train.run import Run, check_reader, demo_list, warn_of
+from train.run import Run, check_reader, demo_list, warn_of, warn_of_flips
+from train.validated import ValidatedVerb
 from train.validation import validate
-from train.verb import Verb, counts_of_tokens, to_device
+from train.verb import counts_of_tokens, to_device
 from videomae.classifier import Classifier, classifier
 from videomae.data import storage
 from videomae.data.dataset import VideoList
@@ -50,10 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return command(Finetuning, FINETUNE, arguments, prog="python -m train.finetune", about=about)
 
 
-class Finetuning(Verb[FinetuneConfig]):
+class Finetuning(ValidatedVerb[FinetuneConfig]):
     """One fine-tuning run."""
 
     name = "finetune"
+    measure = "val_top1"
 
     def __init__(self, config: FinetuneConfig) -> None:
         super().__init__(config)
@@ -95,7 +94,7 @@ class Finetuning(Verb[FinetuneConfig]):
         if self.config.validate_every:
             self._val = self._find_val(source)
         self._labels = torch.tensor(self._train.labels)
-        self._warn_of_flips()
+        warn_of_flips(self._train.classes, self.config.augment.flip)
         return self._train.videos
 
     def _check_step(self, videos: VideoList, source: str) -> None:
@@ -118,15 +117,6 @@ class Finetuning(Verb[FinetuneConfig]):
         warn_of(found.videos)
         self._check_step(found.videos, self.config.data.val or source)
         return found
-
-    def _warn_of_flips(self) -> None:
-        sided = [name for name in self.train_set.classes if {"left", "right"} & set(re.findall("[a-z]+", name.lower()))]
-        if self.config.augment.flip and sided:
-            print(
-                f"warning: clips are mirrored, but classes tell left from right ({', '.join(sided[:3])}): "
-                "--augment.flip false",
-                file=sys.stderr,
-            )
 
     def sequences(self) -> dict[str, tuple[int, int]]:
         size = size_of(self.config.model.size)
@@ -228,29 +218,11 @@ class Finetuning(Verb[FinetuneConfig]):
         if self._average is not None:
             self._average.update_parameters(run.model)
 
-    def is_incomplete(self, run: Run) -> bool:
-        """Whether the run ended between a checkpoint and the validation of that step."""
-        noted = any(row["step"] == run.start for row in _validations(run.out / "evaluations.jsonl"))
-        return run.start > 0 and not noted and self._is_due(run, run.start)
+    @property
+    def validate_every(self) -> float:
+        return self.config.validate_every if self._val is not None else 0
 
-    def begin(self, run: Run, log: RunLog) -> None:
-        if self.is_incomplete(run):
-            with log.pause():
-                self._validate(run, log, run.start)
-
-    def after_step(self, run: Run, log: RunLog, done: int) -> None:
-        if self._is_due(run, done):
-            with log.pause():
-                self._validate(run, log, done)
-
-    def _is_due(self, run: Run, done: int) -> bool:
-        """Validation, at the first step at or after each multiple, and at the end."""
-        every = self.config.validate_every * len(run.videos) / self.config.batch_size
-        if every == 0 or self._val is None:
-            return False
-        return math.floor(done / every) > math.floor((done - 1) / every) or done == run.schedule.steps
-
-    def _validate(self, run: Run, log: RunLog, done: int) -> None:
+    def validate(self, run: Run, log: RunLog, done: int) -> dict[str, float]:
         assert self._val is not None
         config = self.config
         views = ViewReader(
@@ -263,8 +235,8 @@ class Finetuning(Verb[FinetuneConfig]):
         model = run.model if self._average is None else self._average.module
         source = config.data.val or config.data.path or ""
         values = validate(model, self._val, views, run, source=source, say=log.say)
-        log.evaluated(done, values)
         log.say(f"validation after step {done}: top-1 {values['val_top1']:.2f}, top-5 {values['val_top5']:.2f}")
+        return values
 
     def _begin_average(self, model: nn.Module) -> None:
         if self.config.ema is not None and self._average is None:
@@ -284,9 +256,8 @@ class Finetuning(Verb[FinetuneConfig]):
 
     def results(self, run: Run, checkpoint: Path) -> list[str]:
         lines = []
-        # those before the run was stopped and gone on with are among them
-        if found := _validations(run.out / "evaluations.jsonl"):
-            last, best = found[-1], max(found, key=lambda one: one["val_top1"])
+        if found := self.last_and_best(run.out):
+            last, best = found
             scores = f"top-1 {last['val_top1']:.2f}, top-5 {last['val_top5']:.2f}"
             lines.append(f"validation      {scores} (best top-1 {best['val_top1']:.2f}, step {best['step']})")
         return [*lines, f"evaluate        {self._test_command(run.out, checkpoint)}"]
@@ -303,14 +274,6 @@ class Finetuning(Verb[FinetuneConfig]):
             words += ["--data", data.val or (data.path if beside else "TEST")]
         words += ["--allow-nearest"] if data.allow_nearest else []
         return shlex.join(["python", "-m", "train.evaluate", *words])
-
-
-def _validations(path: Path) -> list[dict[str, Any]]:
-    """Those of the run so far, by step."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    # a kill can leave half a line at the end
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [row for row in rows if "val_top1" in row]
 
 
 if __name__ == "__main__":

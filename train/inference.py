@@ -45,6 +45,16 @@ def find_weights(source: str) -> str:
     return str(found[0])
 
 
+def name_of(weights: str) -> str:
+    """What results of these weights are called: their file's name, of a run's the run's and the step's."""
+    path = Path(weights.rstrip("/"))
+    if path.parent.name == "checkpoints":
+        return f"{path.parents[1].name}-{path.name}"
+    # an average of the weights has its name in every run
+    of_run = path.parent.parent.name == "checkpoints"
+    return f"{path.parents[2].name}-{path.parent.name}-{path.stem}" if of_run else path.stem
+
+
 def read_model(source: str) -> tuple[VideoMAE | Encoder | Classifier, Report]:
     """The model of a run folder, a checkpoint, a file, a Hugging Face folder or hub id. ValueError when there is
     none."""
@@ -67,14 +77,16 @@ class Inference:
         precision: str = "auto",
         attention: str = "auto",
         micro_batch: int | None = None,
+        cubes: int | None = None,
     ) -> None:
-        """micro_batch: clips at a time; by the free memory if not given. ValueError for what this machine lacks."""
+        """micro_batch: clips at a time; by the free memory if not given. cubes: of the largest clip; the model's own if
+        not given. ValueError for what this machine lacks."""
         self.device = pick_device(device)
         if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(available_cpus())
         self.precision = resolve_precision(precision, self.device)
         self._autocast = PRECISIONS[self.precision]
-        size, cubes = model.size, model.input.num_cubes
+        size, cubes = model.size, cubes or model.input.num_cubes
         self.attention = choose(
             attention,
             device=self.device,
@@ -88,16 +100,16 @@ class Inference:
         fitting = memory_budget(self.device) // clip_bytes
         self.micro_batch = micro_batch or max(min(fitting, _MOST_CLIPS), 1)
 
-    def __call__(self, frames: Tensor, function: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """function (the model, if not given) of frames [B, T, H, W, 3], micro_batch at a time: float32 on the
-        device."""
+    def __call__(self, frames: Tensor, function: Callable[..., Tensor] | None = None, *others: Tensor) -> Tensor:
+        """function (the model, if not given) of frames [B, T, H, W, 3] and of others, which go with them, micro_batch
+        at a time: float32 on the device."""
         function = function or self.model
         with (
             torch.inference_mode(),
             torch.autocast(self.device.type, dtype=self._autocast, enabled=self._autocast is not None),
         ):
-            parts = frames.to(self.device, non_blocking=True).split(self.micro_batch)
-            return torch.cat([function(part).float() for part in parts])
+            given = (x.to(self.device, non_blocking=True).split(self.micro_batch) for x in (frames, *others))
+            return torch.cat([function(*parts).float() for parts in zip(*given, strict=True)])
 
 
 class Views(NamedTuple):

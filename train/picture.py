@@ -136,6 +136,7 @@ def draw_curves(run: Path, out: Path) -> None:
 _ACCURACIES = {
     "val_top1": "validation, top-1",
     "val_top5": "validation, top-5",
+    "val_map": "validation, frame mAP",
     "probe_knn": "probe: nearest neighbours",
     "probe_linear": "probe: linear",
 }

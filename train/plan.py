@@ -13,6 +13,7 @@ import torch
 
 from kernels.launch import check
 from train.cli import parse, refuse
+from train.detect_recipes import DetectConfig
 from train.finetune_recipes import FinetuneConfig
 from train.machine import SHARE, bytes_text
 from train.memory import Workload, estimate, largest_micro_batch
@@ -91,10 +92,24 @@ def workload(config: PretrainConfig, num_parameters: int, precision: str, device
 def finetune_workload(
     config: FinetuneConfig, num_parameters: int, precision: str, device_type: str = "cuda"
 ) -> Workload:
-    """What a micro-batch of a fine-tuning run computes and holds: every cube is visible, nothing is predicted."""
+    """What a micro-batch of a fine-tuning run computes and holds."""
+    normalized = config.erasing.probability > 0
+    work = _seen_whole(config, num_parameters, precision, device_type, copied=not normalized)
+    graph = config.engine == "graph"
+    return replace(work, normalized_held=normalized * (1 + graph), averages=config.ema is not None)
+
+
+def detect_workload(config: DetectConfig, num_parameters: int, precision: str, device_type: str = "cuda") -> Workload:
+    """What a micro-batch of a detection run computes and holds, but for what its boxes do: little."""
+    return _seen_whole(config, num_parameters, precision, device_type, copied=True)
+
+
+def _seen_whole(
+    config: FinetuneConfig | DetectConfig, num_parameters: int, precision: str, device_type: str, *, copied: bool
+) -> Workload:
+    """Every cube is visible, nothing is predicted. copied: a graph is given the clips themselves."""
     model = config.model
     cubes = model.input.num_cubes
-    normalized = config.erasing.probability > 0
     # what arrives while one is in use; a graph has a place of its own for what the model is given
     waiting, graph = device_type != "cpu", config.engine == "graph"
     return Workload(
@@ -105,9 +120,7 @@ def finetune_workload(
         num_parameters,
         model.recompute,
         bytes_each=4 if precision == "float32" else 2,
-        inputs_held=1 + waiting + (graph and not normalized),
-        normalized_held=normalized * (1 + graph),
-        averages=config.ema is not None,
+        inputs_held=1 + waiting + (graph and copied),
     )
 
 

@@ -1,6 +1,7 @@
 """What is in a video: `python -m train.predict VIDEO [VIDEO ...] --weights W [--views 5x3] [--top 5] [--json]`.
 
-VIDEO is a file or a folder of them. Views are those of `train.evaluate`: sampled as the weights were trained.
+VIDEO is a file or a folder of them. Views are those of `train.evaluate`: sampled as the weights were trained. With
+`--detector W --boxes BOXES` in place of the weights: what each box does, see predict_boxes.py.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from kernels.launch import check
 from train.cli import show_any_name, user_errors
 from train.evaluation import AskedSampling, names_of, parse_views, read_classifier, view_reader
 from train.inference import Inference, Reading, read_views
+from train.predict_boxes import predict_boxes
 from videomae.data.dataset import find_videos
 from videomae.data.readers import ViewReader
 from videomae.data.shards import is_locator
@@ -42,6 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show_any_name()
     try:
         with user_errors(PROG):
+            check((options.weights is None) != (options.detector is None), "give --weights, or --detector and --boxes")
+            if options.detector is not None:
+                return predict_boxes(_find(options.videos)[0], options, PROG)
+            check(options.boxes is None, "--boxes are for a detector: --detector W in place of --weights")
             prepared = _prepare(options)
         unread = 0
         for path, found in _predictions(prepared, options.average):
@@ -59,7 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(PROG, description="Classify videos: the most probable classes of each.")
     add = parser.add_argument
     add("videos", metavar="VIDEO", nargs="+", help="a file, or a folder of videos")
-    add("--weights", metavar="W", required=True, help="a run folder, checkpoint, file, Hugging Face folder or hub id")
+    add("--weights", metavar="W", help="a run folder, checkpoint, file, Hugging Face folder or hub id")
+    add("--detector", metavar="W", help="weights of a detector instead (train.detect): what each of --boxes does")
+    add("--boxes", metavar="CSV", help="second,x1,y1,x2,y2 of a detector's key frames, and path for several videos")
+    add("--out", metavar="DIR", default="runs/predict", help="folder of a detector's pictures (runs/predict)")
     add("--views", metavar="CLIPSxCROPS", help="of each video (5x3 of dense sampling, 2x3 of uniform)")
     add("--top", type=int, default=5, metavar="N", help="classes to be shown (5)")
     add("--json", action="store_true", help="a JSON object a line instead of text")

@@ -25,7 +25,7 @@ from train.picture import draw_reconstruction, reconstruct
 from train.plan import workload
 from train.probing import OnlineProbe
 from train.recipes import PRETRAIN, PretrainConfig, build
-from train.run import Run, check_reader, demo_list, warn_of
+from train.run import Run, check_reader, demo_list, demo_scenes, warn_of
 from train.verb import Verb
 from videomae.data import storage
 from videomae.data.dataset import Order, Sample, VideoList, find_videos
@@ -65,11 +65,10 @@ class Pretraining(Verb[PretrainConfig]):
     def find_videos(self) -> VideoList:
         data, stride = self.config.data, self.config.sampling.stride
         if data.path is None:
-            check(
-                self.config.recipe == "demo",
-                f"recipe {self.config.recipe} needs --data: a folder of videos, or a list file",
-            )
-            return find_videos(demo_list())
+            rendered = {"demo": demo_list, "demo-scenes": lambda: demo_scenes() / "train"}
+            recipe = self.config.recipe
+            check(recipe in rendered, f"recipe {recipe} needs --data: a folder of videos, or a list file")
+            return find_videos(rendered[recipe]())
         storage.configure(data.cache_of(data.path))
         videos = find_videos(data.path)
         warn_of(videos)
@@ -218,6 +217,11 @@ class Pretraining(Verb[PretrainConfig]):
     def results(self, run: Run, checkpoint: Path) -> list[str]:
         pictures = sorted((run.out / "samples").glob("*.png"))
         lines = [f"reconstruction  {pictures[-1]}"] if pictures else []
+        if self.config.recipe == "demo-scenes":
+            return [
+                *lines,
+                f"detect          {shlex.join(['python', '-m', 'train.detect', '--weights', str(run.out)])}",
+            ]
         recipe = self.config.recipe if self.config.recipe in FINETUNE else "RECIPE"
         words = [recipe, *([] if recipe == "demo" else ["--data", "LABELLED"]), "--weights", str(run.out)]
         return [*lines, f"fine-tune       {shlex.join(['python', '-m', 'train.finetune', *words])}"]

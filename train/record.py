@@ -15,7 +15,7 @@ import torch
 
 from kernels.tiles import table_hash
 
-_PACKAGES = ("torch", "triton", "numpy", "einops", "decord2", "decord", "av", "safetensors", "pillow")
+_PACKAGES = ("torch", "triton", "numpy", "einops", "decord2", "decord", "av", "safetensors", "pillow", "pandas")
 
 
 def write_config(out: Path, config: dict[str, Any], facts: dict[str, Any], *, resumed_at: int | None) -> None:

@@ -1,7 +1,9 @@
 """All that a training run needs, found and checked before its first clip is decoded."""
 
 import os
+import re
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from videomae.blocks import set_attention
 from videomae.data import decode, storage
 from videomae.data.dataset import VideoList
 from videomae.data.demo import make_demo
+from videomae.data.demo_scenes import make_scenes
 from videomae.data.pool import available_cpus
 from videomae.data.shards import is_locator
 from videomae.data.torchcodec_reader import check_parity
@@ -152,6 +155,17 @@ def warn_of(videos: VideoList) -> None:
         print(f"warning: {note}", file=sys.stderr)
 
 
+def warn_of_flips(classes: Sequence[str], flip: bool) -> None:
+    """Say when clips are mirrored whose classes tell left from right."""
+    sided = [name for name in classes if {"left", "right"} & set(re.findall("[a-z]+", name.lower()))]
+    if flip and sided:
+        print(
+            f"warning: clips are mirrored, but classes tell left from right ({', '.join(sided[:3])}): "
+            "--augment.flip false",
+            file=sys.stderr,
+        )
+
+
 def check_reader(data: Data, videos: VideoList) -> None:
     """ValueError when the reader that was asked for cannot read these videos."""
     check(
@@ -165,14 +179,22 @@ def check_reader(data: Data, videos: VideoList) -> None:
 
 def demo_list(split: str = "train") -> Path:
     """The list of the demo's videos, rendered where they are not there yet."""
-    folder = Path("data/demo")
-    with tqdm(desc=f"rendering demo clips into {folder}", leave=False, disable=not sys.stderr.isatty()) as bar:
+    return _rendered(make_demo, Path("data/demo"), "demo clips").with_name(f"{split}.csv")
+
+
+def demo_scenes() -> Path:
+    """The folder of the demo's scenes, with their key frames and boxes, rendered where they are not there yet."""
+    return _rendered(make_scenes, Path("data/scenes"), "demo scenes").parent
+
+
+def _rendered(make: Callable[..., Path], folder: Path, what: str) -> Path:
+    with tqdm(desc=f"rendering {what} into {folder}", leave=False, disable=not sys.stderr.isatty()) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        return make_demo(folder, progress=show).with_name(f"{split}.csv")
+        return make(folder, progress=show)
 
 
 def _attention(verb: Verb, device: torch.device, dtype: torch.dtype) -> dict[str, Choice]:

@@ -2,7 +2,7 @@
 resume."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from train.log import forget_after
@@ -11,6 +11,8 @@ from videomae.data.loader import Skip
 
 # a run stops when more than this share and more than this number of its files are unreadable
 _SHARE, _FILES = 0.01, 10
+# and when so many clips one after another are, also of files that could be read before: their storage is gone
+_IN_A_ROW = 100
 
 
 class TooManyUnreadable(Exception):
@@ -28,6 +30,7 @@ class Skipped:
         self.known: dict[Sample, str] = {}
         self._lost: dict[str, str] = {}  # path -> reason
         self._readable: set[str] = set()
+        self._in_a_row = 0
         self._paths = paths
         for line in path.read_text().splitlines() if path.exists() else []:
             entry = json.loads(line)
@@ -38,11 +41,12 @@ class Skipped:
 
         Raises TooManyUnreadable past the limit.
         """
-        skips = list(skips)
+        skips, samples = list(skips), list(samples)
         skipped = {skip.sample for skip in skips}
         self._readable.update(self._paths[sample.index] for sample in samples if sample not in skipped)
         fresh = [skip for skip in skips if skip.sample not in self.known]
         if not fresh:
+            self._in_a_row = 0
             return []
         with self._path.open("a") as file:
             for skip in fresh:
@@ -52,6 +56,7 @@ class Skipped:
         self.known.update((skip.sample, skip.reason) for skip in fresh)
         self._lost.update((skip.path, skip.reason) for skip in fresh)
         self._check()
+        self._check_storage(samples, skipped, fresh[-1])
         return list(first.values())
 
     def _check(self) -> None:
@@ -63,3 +68,12 @@ class Skipped:
             which = "none of the videos" if all_lost else f"{len(lost)} of {self._num_videos} videos"
             verdict = "can be read" if all_lost else "cannot be read"
             raise TooManyUnreadable(f"{which} {verdict}:\n{listing}{more}\nThe whole list is in {self._path}")
+
+    def _check_storage(self, samples: Sequence[Sample], skipped: Collection[Sample], last: Skip) -> None:
+        for sample in samples:
+            self._in_a_row = self._in_a_row + 1 if sample in skipped else 0
+            if self._in_a_row >= _IN_A_ROW:
+                raise TooManyUnreadable(
+                    f"{_IN_A_ROW} clips one after another cannot be read, the last of {last.path}: {last.reason}; is "
+                    f"its storage gone? The whole list is in {self._path}"
+                )

@@ -4,10 +4,20 @@ from importlib import import_module
 
 from videomae import masking
 from videomae.classifier import classifier
+from videomae.detector import detector
 from videomae.model import encoder, pretrain_model
 
 __version__ = "0.1.0"
-__all__ = ["classifier", "encoder", "load_weights", "masking", "model_from", "pretrain_model", "video_features"]
+__all__ = [
+    "classifier",
+    "detector",
+    "encoder",
+    "load_weights",
+    "masking",
+    "model_from",
+    "pretrain_model",
+    "video_features",
+]
 
 # not imported above: python -m videomae.weights would find itself imported already, and warn; and models shall do
 # without the packages that read videos

@@ -31,7 +31,7 @@ class Classifier(Encoder):
         self.fc_norm = LayerNorm(size.width)
         self.fc_dropout = nn.Dropout(head_dropout)
         self.head = nn.Linear(size.width, num_classes)
-        self.apply(_init_linear_normal)
+        self.apply(init_linear_normal)
         with torch.no_grad():
             self.head.weight.mul_(init_scale)
 
@@ -44,7 +44,8 @@ class Classifier(Encoder):
         return self.head(self.fc_dropout(self.fc_norm(self.blocks.pooled(tokens))))
 
 
-def _init_linear_normal(module: nn.Module) -> None:
+def init_linear_normal(module: nn.Module) -> None:
+    """Of a linear layer: as fine-tuning begins (RECIPES A.6)."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02, a=-2, b=2)
         if module.bias is not None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from kernels.launch import check
-from videomae.data.sampling import Sampling
+from videomae.data.sampling import KeyFrameClip, Sampling
 from videomae.model import Input, Size
 from videomae.weight_files import Stated
 
@@ -20,9 +20,18 @@ def is_ours(metadata: Mapping[str, str]) -> bool:
 
 
 def metadata_of(
-    kind: str, size: Size, input: Input, *, decoder_depth: int | None, classes: tuple[str, ...] | None
+    kind: str,
+    size: Size,
+    input: Input,
+    *,
+    decoder_depth: int | None,
+    classes: tuple[str, ...] | None,
+    class_ids: tuple[int, ...] | None = None,
+    key_clip: KeyFrameClip | None = None,
+    aligned: bool | None = None,
 ) -> dict[str, str]:
-    """What a file's header says; kind: "pretrain", "classifier" or "encoder". Nothing is said of what is None."""
+    """What a file's header says; kind: "pretrain", "classifier", "detector" or "encoder". Nothing is said of what is
+    None."""
     stated: dict[str, Any] = {
         "size": asdict(size),
         "frames": input.frames,
@@ -32,6 +41,9 @@ def metadata_of(
         "std": input.std,
         "decoder_depth": decoder_depth,
         "classes": classes,
+        "class_ids": class_ids,
+        "key_clip": key_clip and asdict(key_clip),
+        "aligned": aligned,
         "sampling": input.sampling and {"kind": input.sampling.kind, "stride": input.sampling.stride},
         "positions": input.positions_of and {"from": input.positions_of},
     }
@@ -51,6 +63,7 @@ def stated_in(metadata: Mapping[str, str], source: str) -> Stated:
             json.loads(metadata.get(x, "null")) for x in ("sampling", "positions", "classes")
         )
         return Stated(
+            kind=metadata.get("kind"),
             width=size.width,
             depth=size.depth,
             heads=size.heads,
@@ -64,9 +77,20 @@ def stated_in(metadata: Mapping[str, str], source: str) -> Stated:
             sampling=None if sampling is None else Sampling(**sampling),
             positions_of=None if positions is None else _three(positions["from"]),
             classes=None if classes is None else tuple(map(str, classes)),
+            **_detectors(metadata),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{source} has metadata that is missing or ill-formed: {error!r}") from error
+
+
+def _detectors(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What is stated of detectors alone, where it is known."""
+    ids, clip, aligned = (json.loads(metadata.get(x, "null")) for x in ("class_ids", "key_clip", "aligned"))
+    return {
+        "class_ids": None if ids is None else tuple(map(int, ids)),
+        "key_clip": None if clip is None else KeyFrameClip(**clip),
+        "aligned": aligned,
+    }
 
 
 def _three(values: Any) -> tuple[int, int, int]:

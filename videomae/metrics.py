@@ -1,4 +1,4 @@
-"""What a prediction is worth: averages over views, top-k, confusion."""
+"""What a prediction is worth: averages over views, top-k, confusion; boxes of actions, in videomae/frame_map.py."""
 
 from typing import Literal
 
@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from kernels.launch import check
+from videomae.frame_map import AVA_GROUPS, frame_map
+
+__all__ = ["AVA_GROUPS", "AVERAGES", "Average", "average_views", "confusion", "frame_map", "topk"]
 
 # prob: softmax of each view, then the mean, the published rule; score: the mean of the logits, then softmax
 Average = Literal["prob", "score"]

@@ -129,10 +129,13 @@ class Encoder(nn.Module):
             frames.ndim == 5 and tuple(frames.shape[1:4]) == wanted,
             f"this model takes clips [B, {', '.join(map(str, wanted))}, C]; got {tuple(frames.shape)}",
         )
+        return self._embedded(frames, self.positions, visible)
+
+    def _embedded(self, frames: Tensor, positions: Tensor, visible: Tensor | None) -> Tensor:
         proj = self.patch_embed.proj
         assert proj.bias is not None
         return kernels.cube_embed(
-            frames, proj.weight, proj.bias, self.positions, visible, mean=self.input.mean, std=self.input.std
+            frames, proj.weight, proj.bias, positions, visible, mean=self.input.mean, std=self.input.std
         )
 
     def forward(self, frames: Tensor, visible: Tensor | None = None) -> Tensor:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kernels.launch import check
-from videomae.data.sampling import Sampling
+from videomae.data.sampling import KeyFrameClip, Sampling
 
 # what official files hold beside tensors: the command line, and numpy.float64 learning rates in the optimizer's groups,
 # under the names that numpy 1 and numpy 2 pickle them with
@@ -57,6 +57,7 @@ _SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 class Stated:
     """What a source says about its model beside the tensors; None where it says nothing. notes: for the reader."""
 
+    kind: str | None = None
     width: int | None = None
     depth: int | None = None
     heads: int | None = None
@@ -68,6 +69,9 @@ class Stated:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     classes: tuple[str, ...] | None = None
+    class_ids: tuple[int, ...] | None = None
+    key_clip: KeyFrameClip | None = None
+    aligned: bool | None = None
     sampling: Sampling | None = None
     positions_of: tuple[int, int, int] | None = None
     notes: tuple[str, ...] = ()

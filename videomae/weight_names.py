@@ -1,13 +1,14 @@
 """Which tensors of a source belong to a model, by name and shape, and which of either have no counterpart."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from kernels.launch import check
 from videomae.classifier import Classifier
+from videomae.detector import Detector
 from videomae.model import Encoder, VideoMAE
 from videomae.weight_files import Stated
 
@@ -33,6 +34,14 @@ class Known:
     def is_image(self) -> bool:
         return self.format.startswith("image")
 
+    @property
+    def is_detector(self) -> bool:
+        """Whether the head is a detector's: of official files, the one that follows a final norm."""
+        if self.format != "official":
+            return self.stated.kind == "detector"
+        names = {bare(name) for name in self.tensors}
+        return {"norm.weight", "head.weight"} <= names and not any(name.startswith("fc_norm.") for name in names)
+
 
 def match(model: VideoMAE | Encoder, known: Known) -> tuple[dict[str, Tensor], list[str], list[str]]:
     """Tensors by the model's names, ignored names, fresh names; ValueError for what is missing or does not fit."""
@@ -41,7 +50,7 @@ def match(model: VideoMAE | Encoder, known: Known) -> tuple[dict[str, Tensor], l
     found = {bare(name): name for name in tensors}
     check(len(found) == len(tensors), f"{known.source} holds an encoder's weights twice, with and without its prefix")
     _check_depths(wanted, found, known.source)
-    optional = _optional(model, tensors, known.dropped)
+    optional = _optional(model, known)
     used: dict[str, Tensor] = {}
     ignored: list[str] = []
     fresh: list[str] = []
@@ -68,16 +77,21 @@ def match(model: VideoMAE | Encoder, known: Known) -> tuple[dict[str, Tensor], l
     return used, ignored, fresh
 
 
-def _optional(model: VideoMAE | Encoder, tensors: Mapping[str, Tensor], dropped: tuple[str, ...]) -> tuple[str, ...]:
+def _optional(model: VideoMAE | Encoder, known: Known) -> tuple[str, ...]:
     """Beginnings of the names that this model, given these tensors, keeps fresh."""
-    is_finetuned = any(name.startswith(_HEAD) for name in (*tensors, *dropped))
-    if isinstance(model, Classifier):
+    tensors = known.tensors
+    has_head = any(name.startswith(_HEAD) for name in tensors)
+    if isinstance(model, Classifier | Detector):
         head = tensors.get("head.weight")
         other_classes = head is not None and head.ndim == 2 and len(head) != model.head.out_features
-        has_head = any(name.startswith(_HEAD) for name in tensors)
-        return ("head.",) if other_classes else () if has_head else _HEAD
+    if isinstance(model, Classifier):
+        return _HEAD if known.is_detector or not has_head else ("head.",) if other_classes else ()
+    is_finetuned = has_head or any(name.startswith(_HEAD) for name in known.dropped)
     has_norm = any(bare(name).startswith("norm.") for name in tensors)
-    return ("norm.",) if isinstance(model, Encoder) and is_finetuned and not has_norm else ()
+    norm = ("norm.",) if isinstance(model, Encoder) and is_finetuned and not has_norm else ()
+    if isinstance(model, Detector):
+        return norm if known.is_detector and not other_classes else (*norm, "head.")
+    return norm
 
 
 def _check_depths(wanted: Iterable[str], found: Iterable[str], source: str) -> None:

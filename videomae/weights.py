@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from kernels.launch import check
 from videomae import hugging_face, image_weights, metadata
 from videomae.classifier import Classifier
+from videomae.detector import AVA_MEAN, AVA_STD, Detector
 from videomae.inputs import POSITIONS, Positions, adopt, choose_positions, set_normalization, set_positions
 from videomae.model import SIZES, Encoder, Input, Size, VideoMAE
 from videomae.weight_files import Stated, Stored, read, write_atomically
@@ -64,13 +65,16 @@ class Report:
 
 
 def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any], *, positions: Positions = "fresh") -> Report:
-    """Load a VideoMAE, Encoder or Classifier in place: everything that belongs to it, or nothing and a ValueError.
+    """Load a VideoMAE, Encoder, Classifier or Detector in place: everything that belongs to it, or nothing and a
+    ValueError.
 
     source: a file, a folder (Hugging Face's, ours, DeepSpeed's), a Hugging Face hub id, or a dict of tensors, bare or
     under "model" or "module". A pre-training file gives an encoder its norm, and a classifier all but fc_norm and head;
-    a fine-tuning file has no norm for an encoder, whose own stays. A head of another number of classes is left fresh.
-    The normalisation that the file states, if any, becomes the model's; so do its sampling and its classes' names where
-    the model has none. An image transformer gives its blocks and its kernel, spread over the cube's frames.
+    a fine-tuning file has no norm for an encoder, whose own stays. A head of another number of classes is left fresh,
+    and so is a detector's with a classifier's file, or the other way round.
+    The normalisation that the file states, if any, becomes the model's, but a detector takes only a detector's; so do
+    its sampling, and its classes' names and ids where the model has none. An image transformer gives its blocks and its
+    kernel, spread over the cube's frames.
     positions: what a model of another grid gets, "fresh" its own table, "interpolate" the table of the file's grid,
     resized; a file without frames and image size counts as 16 and 224.
     """
@@ -78,7 +82,7 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any], *, po
     return _load(_checked(model), _identify(read(source)), positions)
 
 
-def model_from(source: str | Path | Mapping[str, Any]) -> tuple[VideoMAE | Encoder | Classifier, Report]:
+def model_from(source: str | Path | Mapping[str, Any]) -> tuple[VideoMAE | Encoder, Report]:
     """The model that the file is of, its sizes read from tensors, config and metadata, and the report of loading it.
 
     Sources and errors as `load_weights`. Frames and image size are 16 and 224 where the file does not say; an image
@@ -93,7 +97,12 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
     """Write our own single file, atomically: official names, and in the metadata all that `model_from` needs."""
     kind, encoder = _parts(model)
     depth = len(model.decoder.blocks) if isinstance(model, VideoMAE) else None
-    stated = metadata.metadata_of(kind, encoder.size, encoder.input, decoder_depth=depth, classes=_classes_of(model))
+    of_detector: dict[str, Any] = {}
+    if isinstance(model, Detector):
+        of_detector = {"class_ids": _ids_of(model), "key_clip": model.key_clip, "aligned": model.aligned}
+    stated = metadata.metadata_of(
+        kind, encoder.size, encoder.input, decoder_depth=depth, classes=_classes_of(model), **of_detector
+    )
     tensors = _tensors_of(model)
     write_atomically(Path(path), lambda file: save_file(tensors, file, stated))
 
@@ -111,9 +120,11 @@ def save_official(model: nn.Module, path: str | Path) -> None:
 def save_hugging_face(model: nn.Module, folder: str | Path) -> None:
     """Write a folder for transformers: model.safetensors and two configs.
 
-    ValueError unless cubes are square, and where positions are interpolated: transformers would compute its own.
+    ValueError unless cubes are square, where positions are interpolated, as transformers would compute its own, and for
+    a detector, which it does not have.
     """
     kind, encoder = _parts(model)
+    check(kind != "detector", "transformers has no VideoMAE that detects: save_weights or save_official write one")
     _check_positions(encoder.input)
     folder = Path(folder)
     check(not folder.is_file(), f"the Hugging Face format is a folder; {folder} is a file")
@@ -146,16 +157,26 @@ def _check_positions(input: Input) -> None:
 
 
 def _classes_of(model: nn.Module) -> tuple[str, ...] | None:
-    if not isinstance(model, Classifier) or model.classes is None:
+    if not isinstance(model, Classifier | Detector) or model.classes is None:
         return None
     wanted = model.head.out_features
     check(len(model.classes) == wanted, f"classes must name all {wanted} classes; got {len(model.classes)} names")
     return tuple(model.classes)
 
 
+def _ids_of(model: Detector) -> tuple[int, ...] | None:
+    if model.class_ids is None:
+        return None
+    wanted, ids = model.head.out_features, tuple(model.class_ids)
+    check(len(set(ids)) == len(ids) == wanted, f"class_ids must be {wanted} different ones; got {ids}")
+    return ids
+
+
 def _checked(model: nn.Module) -> VideoMAE | Encoder:
     if not isinstance(model, VideoMAE | Encoder):
-        raise ValueError(f"weights are those of a VideoMAE, Encoder or Classifier; got {type(model).__name__}")
+        raise ValueError(
+            f"weights are those of a VideoMAE, Encoder, Classifier or Detector; got {type(model).__name__}"
+        )
     return model
 
 
@@ -164,6 +185,8 @@ def _parts(model: nn.Module) -> tuple[str, Encoder]:
     model = _checked(model)
     if isinstance(model, VideoMAE):
         return "pretrain", model.encoder
+    if isinstance(model, Detector):
+        return "detector", model
     return ("classifier" if isinstance(model, Classifier) else "encoder"), model
 
 
@@ -184,10 +207,26 @@ def _identify(stored: Stored) -> Known:
     return Known("official", stored.source, stored.tensors, Stated())
 
 
-def _build(known: Known) -> VideoMAE | Encoder | Classifier:
+def _build(known: Known) -> VideoMAE | Encoder:
     """A model of the tensors' sizes, its weights still its own."""
     tensors, stated = {bare(name): tensor for name, tensor in known.tensors.items()}, known.stated
-    projection = tensors.get("patch_embed.proj.weight")
+    size, cube = _sizes_of(known, tensors)
+    input = Input(stated.frames or 16, stated.image_size or 224, cube)
+    if "mask_token" in tensors:
+        return VideoMAE(size, input, decoder_depth=depth_of(tensors, "decoder.blocks"))
+    if "head.weight" not in tensors:
+        return Encoder(size, input, final_norm="norm.weight" in tensors)
+    num_classes = tensors["head.weight"].shape[:1].numel()
+    if known.is_detector:
+        # an official file does not say what its frames are normalised with
+        input = replace(input, mean=stated.mean or AVA_MEAN, std=stated.std or AVA_STD)
+        return Detector(size, input, num_classes=num_classes, aligned=bool(stated.aligned))
+    return Classifier(size, input, num_classes=num_classes)
+
+
+def _sizes_of(known: Known, tensors: Mapping[str, Tensor]) -> tuple[Size, tuple[int, int, int]]:
+    """The model's size and its cube; ValueError where the tensors, by bare names, are no VideoMAE's or do not tell."""
+    stated, projection = known.stated, tensors.get("patch_embed.proj.weight")
     if projection is None or projection.ndim != (4 if known.is_image else 5):
         raise ValueError(f"{known.source} is no VideoMAE: it has no patch_embed.proj.weight of five axes")
     width, _, *sides = projection.shape
@@ -203,13 +242,7 @@ def _build(known: Known) -> VideoMAE | Encoder | Classifier:
     # V2's huge has the decoder of V1's large
     usual = {size.decoder_width: size.decoder_heads for size in SIZES.values()}
     decoder_heads = stated.decoder_heads or usual.get(decoder_width) or max(decoder_width // 64, 1)
-    size = Size(width, depth_of(tensors, "blocks"), heads, decoder_width, decoder_heads)
-    input = Input(stated.frames or 16, stated.image_size or 224, (slots, rows, columns))
-    if token is not None:
-        return VideoMAE(size, input, decoder_depth=depth_of(tensors, "decoder.blocks"))
-    if "head.weight" in tensors:
-        return Classifier(size, input, num_classes=tensors["head.weight"].shape[:1].numel())
-    return Encoder(size, input, final_norm="norm.weight" in tensors)
+    return Size(width, depth_of(tensors, "blocks"), heads, decoder_width, decoder_heads), (slots, rows, columns)
 
 
 def _load(model: VideoMAE | Encoder, known: Known, positions: Positions) -> Report:
@@ -220,12 +253,7 @@ def _load(model: VideoMAE | Encoder, known: Known, positions: Positions) -> Repo
         messages.append(f"an image model: its kernel is spread over {model.input.cube[0]} frames, its head not used")
     used, ignored, fresh = match(model, known)
     origin, said = choose_positions(model.input, stated, positions, known.source)
-    messages += said + _remarks(model, known, used, ignored) + adopt(model, stated)
-    if stated.mean is None and known.format not in ("official", "videomae"):
-        unknown = "normalisation is not stated, there is no preprocessor_config.json"
-        messages.append(f"{unknown}: mean stays {model.input.mean} and std {model.input.std}")
-    if isinstance(model, Classifier) and "head.weight" in used:
-        messages += _name_classes(model, stated.classes)
+    messages += said + _remarks(model, known, used, ignored) + _take_over(model, known, used)
     targets = model.state_dict()
     with torch.no_grad():
         for name, tensor in used.items():
@@ -234,12 +262,38 @@ def _load(model: VideoMAE | Encoder, known: Known, positions: Positions) -> Repo
     return Report(known.format, known.source, tuple(used), (*known.dropped, *ignored), tuple(fresh), tuple(messages))
 
 
+def _take_over(model: VideoMAE | Encoder, known: Known, used: Mapping[str, Tensor]) -> list[str]:
+    """What the file says beside weights becomes the model's, where it is for a model of this kind; messages about
+    it."""
+    stated, input = known.stated, model.input
+    if isinstance(model, Detector) and not known.is_detector:
+        # that pre-training normalises in another way is how it is published (RECIPES H.3)
+        is_other = stated.mean is not None and (stated.mean, stated.std) != (input.mean, input.std)
+        kept = f"frames are normalised as the detector does, not as the file says: mean {input.mean}, std {input.std}"
+        return [kept] if is_other else []
+    messages = adopt(model, stated)
+    if stated.mean is None and known.format not in ("official", "videomae"):
+        unknown = "normalisation is not stated, there is no preprocessor_config.json"
+        messages.append(f"{unknown}: mean stays {input.mean} and std {input.std}")
+    if isinstance(model, Detector):
+        if model.key_clip is None:
+            model.key_clip = stated.key_clip
+        elif stated.key_clip not in (None, model.key_clip):
+            messages.append(f"the file's clips: {stated.key_clip}, the model's, which stay: {model.key_clip}")
+    if isinstance(model, Classifier | Detector) and "head.weight" in used:
+        messages += _name_classes(model, stated)
+    return messages
+
+
 def _remarks(model: nn.Module, known: Known, used: Mapping[str, Tensor], ignored: list[str]) -> list[str]:
-    """Messages about names that nobody knows, a head that is not used, and other precisions."""
+    """Messages about names that nobody knows, norm and head that are not the file's, and other precisions."""
     unknown = [name for name in ignored if not bare(name).startswith(NOT_ALWAYS)]
     messages = [f"not known here: {listing(unknown)}"] if unknown else []
-    if isinstance(model, Classifier) and "head.weight" in ignored:
-        messages.append(f"the head is fresh: the file's has {len(known.tensors['head.weight'])} classes")
+    if isinstance(model, Detector) and "norm.weight" not in used:
+        messages.append("the final norm is fresh, in a new model weight 1 and bias 0: fine-tuned weights have none")
+    if isinstance(model, Classifier | Detector) and "head.weight" in ignored:
+        whose = "" if known.is_detector == isinstance(model, Detector) else "is of another kind, and "
+        messages.append(f"the head is fresh: the file's {whose}has {len(known.tensors['head.weight'])} classes")
     targets = model.state_dict()
     casts = {(str(tensor.dtype), str(targets[name].dtype)) for name, tensor in used.items()}
     return messages + [f"{theirs} weights became {ours}" for theirs, ours in sorted(casts) if theirs != ours]
@@ -255,16 +309,21 @@ def _for_clips(model: VideoMAE | Encoder, known: Known, positions: Positions) ->
     return replace(known, tensors=image_weights.inflated(known.tensors, model.input.cube, known.source))
 
 
-def _name_classes(model: Classifier, classes: tuple[str, ...] | None) -> list[str]:
-    """Take over the file's names of its classes, unless the model has its own; messages about both."""
-    if classes is None:
-        return []
-    if len(classes) != model.head.out_features:
-        return [f"the file names {len(classes)} classes, not the head's {model.head.out_features}: they are not used"]
-    if model.classes is None:
-        model.classes = classes
-    is_other = tuple(model.classes) != classes
-    return ["the file's classes have other names or another order; the model keeps its own"] if is_other else []
+def _name_classes(model: Classifier | Detector, stated: Stated) -> list[str]:
+    """Take over the file's names and ids of its classes, unless the model has its own; messages about
+    both."""
+    messages, wanted = [], model.head.out_features
+    for attribute, what in (("classes", "names"), ("class_ids", "numbers")):
+        theirs, ours = getattr(stated, attribute), getattr(model, attribute, None)
+        if theirs is None or not hasattr(model, attribute):
+            continue
+        if len(theirs) != wanted:
+            messages.append(f"the file {what} {len(theirs)} classes, not the head's {wanted}: they are not used")
+        elif ours is None:
+            setattr(model, attribute, theirs)
+        elif tuple(ours) != theirs:
+            messages.append(f"the file's classes have other {what} or another order; the model keeps its own")
+    return messages
 
 
 def _compare(model: VideoMAE | Encoder, known: Known) -> list[str]:
@@ -276,6 +335,8 @@ def _compare(model: VideoMAE | Encoder, known: Known) -> list[str]:
         ("heads", stated.heads, size.heads),
         ("cube", stated.cube, input.cube),
     ]
+    if isinstance(model, Detector):
+        pairs.append(("aligned", stated.aligned, model.aligned))
     # a classifier's config and size name a decoder that it does not have
     if isinstance(model, VideoMAE) and "mask_token" in known.tensors:
         pairs.append(("decoder width", stated.decoder_width, size.decoder_width))
@@ -299,18 +360,25 @@ def describe(source: str | Path | Mapping[str, Any]) -> str:
     (kind, encoder), stated = _parts(model), known.stated
     size, input = encoder.size, encoder.input
     depth = f", decoder of {len(model.decoder.blocks)} blocks" if isinstance(model, VideoMAE) else ""
-    depth += f", {model.head.out_features} classes" if isinstance(model, Classifier) else ""
+    depth += f", {model.head.out_features} classes" if isinstance(model, Classifier | Detector) else ""
     name = next((name for name, row in SIZES.items() if (row.width, row.heads) == (size.width, size.heads)), "own size")
     clip = f"{input.frames} frames of {input.size[0]}x{input.size[1]} in cubes of {'x'.join(map(str, input.cube))}"
     assumed = "" if stated.frames and stated.image_size else " (not all of it is stated in the file)"
-    sampling = stated.sampling and f"{stated.sampling.kind}, stride {stated.sampling.stride}"
     lines = [f"{known.source}: {known.format} weights", f"  kind      {kind}{depth}"]
     lines += [f"  size      {name}: width {size.width}, {size.depth} blocks, {size.heads} heads"]
     lines += [f"  clip      {clip}{assumed}"]
     if stated.positions_of:
         lines += [f"  positions interpolated from {'x'.join(map(str, stated.positions_of))} cubes"]
     lines += [f"  classes   {listing(stated.classes) if stated.classes else 'not stated'}"]
-    return "\n".join([*lines, f"  sampling  {sampling or 'not stated'}"])
+    return "\n".join([*lines, f"  sampling  {_sampling_in(stated)}"])
+
+
+def _sampling_in(stated: Stated) -> str:
+    clip = stated.key_clip
+    if clip is not None:
+        rate = "every rate" if clip.rate is None else f"{clip.rate:g} frames a second"
+        return f"around key frames, stride {clip.stride} at {rate}, short side {clip.short_side}"
+    return f"{stated.sampling.kind}, stride {stated.sampling.stride}" if stated.sampling else "not stated"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -41,7 +41,7 @@ def test_switches_take_a_value_or_none(arguments, flip):
     ("arguments", "says"),
     [
         (["--model.sise", "vit_base"], r"--model\.sise.*did you mean --model\.size"),
-        (["k500-base"], "no recipe called k500-base; there are demo, tiny, k400-small-1600"),
+        (["k500-base"], "no recipe called k500-base; there are demo, demo-scenes, tiny, k400-small-1600"),
         (["demo", "extra"], "extra"),
         (["--steps", "many"], "--steps"),
         (["--steps", "0"], "steps must be at least 1; got 0"),

@@ -3,10 +3,20 @@
 import pytest
 import torch
 
+import videomae
 from tests.train.classifiers import DENSE, NAMES, tiny_classifier
-from train.evaluation import EVALUATE, AskedSampling, find_tested, parse_views, view_reader, weights_hash
+from train.evaluation import (
+    EVALUATE,
+    AskedSampling,
+    find_tested,
+    parse_views,
+    read_classifier,
+    view_reader,
+    weights_hash,
+)
 from videomae.data.sampling import Sampling
 from videomae.model import Input
+from videomae.weights import save_weights
 
 
 @pytest.mark.parametrize(
@@ -137,3 +147,16 @@ def test_names_may_be_spelled_with_underscores(named, tmp_path):
     path = listed(tmp_path / "listed", (0, 1), ("air_drumming", "zip line", "boil"))
     with pytest.raises(ValueError, match="label 1 is zip line, there boil"):
         find_tested(path, "test", named)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda **parts: videomae.detector("vit_tiny", num_classes=3, **parts), "a detector, which classifies boxes"),
+        (lambda **parts: videomae.encoder("vit_tiny", **parts), "an encoder, without a head for classes"),
+    ],
+)
+def test_weights_without_a_classifier_are_refused(make, says, tmp_path):
+    save_weights(make(frames=4, image_size=32), tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=f"a.safetensors holds {says}"):
+        read_classifier(str(tmp_path / "a.safetensors"))

@@ -320,9 +320,7 @@ def test_validates_the_average_of_the_weights_where_there_is_one(averaged, tmp_p
         "train.finetune.validate", lambda model, *_, **__: seen.append(model) or {"val_top1": 0.0, "val_top5": 0.0}
     )
     run.verb._val = run.verb.train_set
-    log = Said()
-    log.evaluated = lambda *_: None
-    run.verb._validate(run, log, 1)
+    assert run.verb.validate(run, Said(), 1)["val_top1"] == 0
     assert seen == [run.verb._average.module if averaged else run.model]
 
 

@@ -46,7 +46,7 @@ def test_has_the_published_numbers(name):
 
 
 def test_every_recipe_gives_its_command_and_is_called_by_its_name():
-    assert set(PUBLISHED) | {"demo", "tiny"} == set(PRETRAIN)
+    assert set(PUBLISHED) | {"demo", "demo-scenes", "tiny"} == set(PRETRAIN)
     for name, recipe in PRETRAIN.items():
         assert f"python -m train.pretrain {name}".removesuffix(" demo") in recipe.__doc__
         assert recipe().recipe == name

@@ -70,3 +70,18 @@ def test_replayed_skips_do_not_count_towards_the_limit(tmp_path):
     first.see([Sample(1, 0, 0)], [skip(0, epoch=1)], step=2)
     # one video, which this part of the run has not read yet: counted, the skip would be all of them
     assert Skipped(path, PATHS[:1], 2).see([Sample(1, 0, 0)], [skip(0, epoch=1)], step=2) == []
+
+
+def test_stops_when_the_storage_is_gone(tmp_path):
+    """Files that were read before, so that none of them counts as unreadable."""
+    paths = PATHS[:50]
+    skipped = Skipped(tmp_path / "skipped.jsonl", paths, 0)
+    assert skipped.see([Sample(0, i, 0) for i in range(50)], [], step=1) == []
+    for epoch in (1, 2, 3):
+        # half of them, then one that is there: not in a row
+        skipped.see([Sample(epoch, i, 0) for i in range(26)], [skip(i, epoch) for i in range(25)], step=epoch + 1)
+    for epoch in (4, 5):
+        batch = [Sample(epoch, i, 0) for i in range(49)]
+        skipped.see(batch, [skip(i, epoch) for i in range(49)], step=epoch + 1)
+    with pytest.raises(TooManyUnreadable, match=r"100 clips one after another.*/1\.mp4: damaged; is its storage gone"):
+        skipped.see([Sample(6, 0, 0), Sample(6, 1, 0)], [skip(0, 6), skip(1, 6)], step=7)

@@ -12,9 +12,11 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.runs import wait_for
+from train import study_learns
 from train.checkpoint import checkpoints
-from train.study import StudyConfig, learns, main, read_rows
+from train.study import main
 from train.study_jobs import Job, JobFailed, Terminated, run_jobs
+from train.study_rows import StudyConfig
 
 
 def writes(path, text="1", needs=()):
@@ -90,7 +92,7 @@ def test_the_table_has_scratch_at_the_best_of_its_rates(tmp_path):
         for name, value in (("probe", 60 + seed), ("untrained", 20)):
             accuracy = {"knn": {"top1": value}, "linear": {"top1": value + 5}}
             write_result(tmp_path / f"{name}-{seed}" / "result.json", accuracy=accuracy)
-    rows = read_rows(config, tmp_path)
+    rows = study_learns.read_rows(config, tmp_path)
     assert [(row.mean, row.values) for row in rows[:4]] == [
         (85, (90, 80)),
         (45, (40, 50)),
@@ -103,11 +105,11 @@ def test_the_table_has_scratch_at_the_best_of_its_rates(tmp_path):
 
 
 def test_scratch_and_pre_trained_get_the_same_labels_and_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr("train.study.demo_list", lambda split="train": tmp_path / f"{split}.csv")
+    monkeypatch.setattr("train.study_learns.demo_list", lambda split="train": tmp_path / f"{split}.csv")
     for split, count in (("train", 30), ("test", 4)):
         (tmp_path / f"{split}.csv").write_text("".join(f"{i}.mp4 {i % 12}\n" for i in range(count)))
     (tmp_path / "classes.txt").write_text("".join(f"{i}\n" for i in range(12)))
-    jobs = {job.name: job for job in learns(StudyConfig(seeds=1, labels=24), tmp_path / "runs")}
+    jobs = {job.name: job for job in study_learns.jobs(StudyConfig(seeds=1, labels=24), tmp_path / "runs")}
     assert len((tmp_path / "runs/labelled/train.csv").read_text().splitlines()) == 24
 
     def asked(name):

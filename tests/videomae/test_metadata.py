@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import videomae
-from videomae.data.sampling import Sampling
+from videomae.data.sampling import KeyFrameClip, Sampling
 from videomae.inputs import adopt
 from videomae.model import SIZES, Encoder, Input
 from videomae.weight_files import Stated
@@ -15,6 +15,7 @@ from videomae.weights import describe, main, model_from, save_hugging_face, save
 
 NAMES = ("diving", "juggling", "a, b")
 UNIFORM, DENSE = Sampling("uniform", 1), Sampling("dense", 4)
+KEY_CLIP = KeyFrameClip(8, 12.5, 64)
 PARTS = {"frames": 4, "image_size": 32}
 
 
@@ -27,6 +28,12 @@ def classifier(classes=NAMES, sampling=UNIFORM, num_classes=3):
 
 def fresh(num_classes=3):
     return classifier(None, None, num_classes)
+
+
+def detector(classes=NAMES, class_ids=(1, 12, 80), key_clip=KEY_CLIP, num_classes=3):
+    model = videomae.detector("vit_tiny", num_classes=num_classes, **PARTS)
+    model.classes, model.class_ids, model.key_clip = classes, class_ids, key_clip
+    return model
 
 
 @pytest.fixture
@@ -77,6 +84,77 @@ def test_names_belong_to_the_head(path):
     assert three.classes is None
 
 
+def test_what_a_detector_knows_comes_back(tmp_path):
+    path = tmp_path / "a.safetensors"
+    source = detector()
+    adopt(source, Stated(sampling=DENSE))
+    save_weights(source, path)
+    given = detector(None, None, None)
+    videomae.load_weights(given, path)
+    for model in (given, model_from(path)[0]):
+        assert (model.classes, model.class_ids, model.key_clip) == (NAMES, (1, 12, 80), KEY_CLIP)
+        assert model.input == source.input
+    # a rate of none is all frames, which is not the same as nothing stated
+    save_weights(detector(key_clip=KeyFrameClip(rate=None)), path)
+    assert model_from(path)[0].key_clip == KeyFrameClip(rate=None)
+    save_weights(detector(None, None, None), path)
+    model, _ = model_from(path)
+    assert (model.classes, model.class_ids, model.key_clip) == (None, None, None)
+
+
+def test_a_detector_keeps_its_own_and_says_so(tmp_path):
+    save_weights(detector(), tmp_path / "a.safetensors")
+    mine = detector(tuple(reversed(NAMES)), (3, 2, 1), KeyFrameClip())
+    said = str(videomae.load_weights(mine, tmp_path / "a.safetensors"))
+    assert (mine.classes, mine.class_ids, mine.key_clip) == (tuple(reversed(NAMES)), (3, 2, 1), KeyFrameClip())
+    assert "the file's classes have other names or another order; the model keeps its own" in said
+    assert "the file's classes have other numbers or another order; the model keeps its own" in said
+    assert "the file's clips: KeyFrameClip(stride=8, rate=12.5, short_side=64), the model's, which stay:" in said
+    five = detector(None, None, None, num_classes=5)
+    videomae.load_weights(five, tmp_path / "a.safetensors")
+    assert (five.classes, five.class_ids, five.key_clip) == (None, None, KEY_CLIP)
+    rewrite(tmp_path / "a.safetensors", class_ids="[4]")
+    said = str(videomae.load_weights(detector(), tmp_path / "a.safetensors"))
+    assert "the file numbers 1 classes, not the head's 3" in said
+
+
+def test_a_detector_takes_no_sampling_and_no_names_from_a_classifier(path):
+    model = detector(None, None, None)
+    videomae.load_weights(model, path)
+    assert model.input.sampling is None
+    assert model.classes is None
+    # nor a classifier from a detector
+    save_weights(detector(), path)
+    other = fresh()
+    videomae.load_weights(other, path)
+    assert other.classes is None
+    assert not hasattr(other, "class_ids")
+
+
+def test_ids_are_as_many_as_classes_and_differ(tmp_path):
+    for ids in ((1, 2), (1, 2, 2)):
+        with pytest.raises(ValueError, match="class_ids must be 3 different ones; got"):
+            save_weights(detector(class_ids=ids), tmp_path / "a")
+    with pytest.raises(ValueError, match="must name all 3 classes; got 2 names"):
+        save_weights(detector(NAMES[:2]), tmp_path / "a")
+
+
+def test_the_command_says_what_a_detector_is(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_weights(detector(), path)
+    assert describe(path).splitlines()[1:] == [
+        "  kind      detector, 3 classes",
+        "  size      vit_tiny: width 64, 2 blocks, 4 heads",
+        "  clip      4 frames of 32x32 in cubes of 2x16x16",
+        "  classes   diving, juggling, a, b",
+        "  sampling  around key frames, stride 8 at 12.5 frames a second, short side 64",
+    ]
+    save_weights(detector(None, None, KeyFrameClip(rate=None)), path)
+    assert "stride 4 at every rate, short side 256" in describe(path)
+    save_official(detector(), tmp_path / "b.pth")
+    assert "kind      detector, 3 classes" in describe(tmp_path / "b.pth")
+
+
 def test_files_from_before_they_were_written_still_load(path):
     rewrite(path, classes=None, sampling=None)
     model, _ = model_from(path)
@@ -97,7 +175,13 @@ def test_pretraining_keeps_its_sampling_in_encoder_and_decoder(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"sampling": '{"kind": "random", "stride": 1}'}, {"sampling": "3"}, {"classes": "3"}, {"positions": "{}"}],
+    [
+        {"sampling": '{"kind": "random", "stride": 1}'},
+        {"sampling": "3"},
+        {"classes": "3"},
+        {"positions": "{}"},
+        {"key_clip": "3"},
+    ],
 )
 def test_ill_formed_metadata_is_refused(path, change):
     rewrite(path, **change)

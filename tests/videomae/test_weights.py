@@ -43,6 +43,10 @@ def encoder(seed=0):
     return filled(videomae.encoder("vit_tiny", **SMALL), seed)
 
 
+def detector(num_classes=5, seed=0, **others):
+    return filled(videomae.detector("vit_tiny", num_classes=num_classes, **SMALL, **others), seed)
+
+
 def equal(model, other, prefix=""):
     """Whether every tensor of model equals the one of that name, with the prefix before it, in the other."""
     theirs = other.state_dict()
@@ -160,6 +164,9 @@ def without(tensors, *names):
         (classifier, lambda t: t | {"blocks.0.gamma_1": torch.ones(64)}, "blocks.0.gamma_1 is not in the model"),
         (classifier, lambda t: t | {"blocks.2.norm1.bias": torch.ones(64)}, "has 3 encoder blocks, the model 2"),
         (encoder, lambda t: without(t, "norm.weight", "norm.bias"), "norm.weight is missing"),
+        (detector, lambda t: without(t, "head.bias"), "head.bias is missing"),
+        (detector, lambda t: without(t, "norm.bias"), "norm.bias is missing"),
+        (detector, lambda t: t | {"blocks.0.gamma_1": torch.ones(64)}, "blocks.0.gamma_1 is not in the model"),
         (encoder, lambda t: t | {"pos_embed": torch.ones(1, 8, 64)}, "pos_embed is not in the model"),
         (encoder, lambda t: t | {"encoder.norm.bias": torch.ones(64)}, "holds an encoder's weights twice"),
         (encoder, lambda t: {"a": torch.ones(3)}, "patch_embed.proj.weight is missing.* and [0-9]+ more"),
@@ -187,7 +194,7 @@ def test_another_decoder_depth_names_the_argument(file_depth, model_depth, forma
 def test_a_classifier_is_no_place_for_another_size_or_module():
     with pytest.raises(ValueError, match="has 2 encoder blocks, the model 12"):
         videomae.load_weights(videomae.encoder("vit_small", **SMALL), encoder().state_dict())
-    with pytest.raises(ValueError, match="VideoMAE, Encoder or Classifier; got Linear"):
+    with pytest.raises(ValueError, match="VideoMAE, Encoder, Classifier or Detector; got Linear"):
         videomae.load_weights(torch.nn.Linear(2, 2), encoder().state_dict())
 
 

@@ -20,7 +20,7 @@ SUFFIXES = frozenset(
 )
 
 # what a draw is for: the last number of its key
-ORDER, FRAMES, CROP, MASK, AUGMENT = range(5)
+ORDER, FRAMES, CROP, MASK, AUGMENT, BOXES = range(6)
 
 
 class Sample(NamedTuple):

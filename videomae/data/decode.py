@@ -9,9 +9,10 @@ of every file that it opened. All readers give the same frames, rotation, colour
 Readers hold C state: open them in the process that uses them.
 """
 
+import math
 import os
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -104,6 +105,26 @@ class Video:
         return self._index.rate if self._stored is None else self._stored.rate
 
     @property
+    def duration(self) -> float:
+        """Seconds from the first frame to the end of the last."""
+        times = self._times
+        return (times[-1] - times[0]) * self._index.unit + 1 / self.rate if times else len(self) / self.rate
+
+    def at(self, seconds: float) -> int:
+        """The number of the frame whose beginning is nearest to that time, counted from the first frame's; of two, the
+        earlier. By times of presentation where the file has reliable ones, by the average rate otherwise."""
+        times = self._times
+        if not times:
+            return min(max(math.ceil(seconds * self.rate - 0.5), 0), len(self) - 1)
+        wanted = times[0] + seconds / self._index.unit
+        after = min(max(bisect_left(times, wanted), 1), len(times) - 1)
+        return after - 1 if len(times) == 1 or wanted - times[after - 1] <= times[after] - wanted else after
+
+    @property
+    def _times(self) -> "array[int]":
+        return array("q") if self._stored is not None else self._index.times
+
+    @property
     def backend(self) -> str:
         """Which reader has this file."""
         return self._reader.backend
@@ -164,6 +185,7 @@ class _Index(NamedTuple):
     times: array  # of presentation, in order, in the stream's unit; empty where they cannot be relied on
     keys: tuple[tuple[int, int], ...]  # (presentation, decoding) times of the key frames, in order
     rate: float  # frames a second
+    unit: float  # seconds, of times
 
 
 def _index(path: str) -> _Index:
@@ -188,17 +210,19 @@ def _read_index(path: str, changed: int, size: int) -> _Index:
                 found.pop()  # cut off in the middle: what it decodes to is the frame before
             timed = container.format.name not in _UNTIMED and all(p.pts is not None for p in found)
             rate = float(stream.average_rate or stream.guessed_rate or 25)
+            unit = float(stream.time_base or 1)
     except _LIBRARY_ERRORS as error:
         raise UnreadableVideo(path, _reason(error)) from error
     shown = [p for p in found if not p.is_discard]
     if not shown:
         raise UnreadableVideo(path, "no video frames")
     if not timed:
-        return _Index(len(shown), False, array("q"), (), rate)
+        return _Index(len(shown), False, array("q"), (), rate, unit)
     times = [p.pts or 0 for p in shown]
     in_order = all(earlier < later for earlier, later in pairwise(times))
     keys = sorted((p.pts or 0, (p.pts if p.dts is None else p.dts) or 0) for p in found if p.is_keyframe)
-    return _Index(len(shown), in_order and len(shown) == len(found), array("q", sorted(times)), tuple(keys), rate)
+    suits_decord = in_order and len(shown) == len(found)
+    return _Index(len(shown), suits_decord, array("q", sorted(times)), tuple(keys), rate, unit)
 
 
 def _reason(error: Exception) -> str:

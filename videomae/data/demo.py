@@ -7,18 +7,14 @@ Files are lossless H.264 in RGB, so what decord reads is what `render` drew, and
 cube without contrast has the target 0, and one grey level of coding noise would turn that into noise of unit variance.
 """
 
-import fcntl
-import json
 import math
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import numpy as np
 
+from videomae.data.demo_folder import make_folder
 from videomae.keys import Draws, key
 
 # unit step per frame, x to the right and y down
@@ -38,12 +34,9 @@ _GROWTHS = {"approach": 1.0, "retreat": -1.0}
 MOTIONS: tuple[str, ...] = (*_DIRECTIONS, *_TURNS, *_GROWTHS)
 
 _FORMAT = 1  # raise it when the same parameters give other pixels or files
-_PARAMETERS = "demo.json"
-_SPLITS = ("train", "test")
-_CLASSES = "classes.txt"
 
 # half widths of the picture per frame (the turn: radians); within 12 frames the disc's centre stays inside the picture
-_STEP, _TURN, _GROWTH = (0.06, 0.09), (0.18, 0.30), (0.025, 0.035)
+_STEP, TURN, _GROWTH = (0.06, 0.09), (0.18, 0.30), (0.025, 0.035)
 _RADIUS = (0.45, 0.70)
 _CENTRE = 0.25
 # grey levels of a channel: a dark background, and in each channel one half of the disc low and the other high
@@ -53,10 +46,10 @@ _PAIRS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0))
 
 
 @dataclass(frozen=True)
-class _Look:
-    """What a seed draws, the same for every motion: the middle of the video and how fast it changes."""
+class Disc:
+    """An object, the same for every motion: how it is in the middle of the video and how fast it would change."""
 
-    colours: np.ndarray  # float64 [3, 3]: background, first half, second half; RGB
+    halves: np.ndarray  # float64 [2, 3]: the colours of its halves; RGB
     centre: tuple[float, float]
     radius: float
     angle: float
@@ -75,52 +68,78 @@ def render(seed: int, motion: int, *, frames: int, size: int) -> np.ndarray:
         raise ValueError(f"motion must be in [0, {len(MOTIONS)}), got {motion}")
     if frames < 1 or size < 8:
         raise ValueError(f"frames must be at least 1 and size at least 8, got {frames} and {size}")
-    look, name = _look(seed), MOTIONS[motion]
-    time = np.arange(frames) - (frames - 1) / 2
-    along = _DIRECTIONS.get(name, (0.0, 0.0))
-    x = look.centre[0] + time * (look.step * along[0])
-    y = look.centre[1] + time * (look.step * along[1])
-    radius = np.maximum(look.radius + time * (look.growth * _GROWTHS.get(name, 0.0)), 0.0)
-    angle = look.angle + time * (look.turn * _TURNS.get(name, 0.0))
-    return _draw(look.colours, x=x, y=y, radius=radius, angle=angle, size=size)
+    background, disc = _look(seed)
+    return to_bytes(paint(background, disc, motion, np.arange(frames) - (frames - 1) / 2, size=size))
 
 
-def _look(seed: int) -> _Look:
+def _look(seed: int) -> tuple[np.ndarray, Disc]:
+    """What a seed draws: the colour of the background, float64 [3], and the object."""
     draws = Draws(seed)
-
-    def between(low: float, high: float) -> float:
-        return low + (high - low) * (draws.below(2**32) / 2**32)
-
-    first_high = np.array(_PAIRS[draws.below(len(_PAIRS))], dtype=bool)
-    background, low, high = (np.array([round(between(*levels)) for _ in range(3)]) for levels in (_DARK, _LOW, _HIGH))
-    first, second = np.where(first_high, high, low), np.where(first_high, low, high)
-    return _Look(
-        colours=np.array([background, first, second], dtype=np.float64),
-        centre=(between(-_CENTRE, _CENTRE), between(-_CENTRE, _CENTRE)),
-        radius=between(*_RADIUS),
-        angle=between(0.0, 2 * math.pi),
-        step=between(*_STEP),
-        turn=between(*_TURN),
-        growth=between(*_GROWTH),
+    pair = draw_pair(draws)
+    background = draw_background(draws)
+    return background, Disc(
+        halves=draw_halves(draws, pair),
+        centre=(between(draws, -_CENTRE, _CENTRE), between(draws, -_CENTRE, _CENTRE)),
+        radius=between(draws, *_RADIUS),
+        angle=between(draws, 0.0, 2 * math.pi),
+        step=between(draws, *_STEP),
+        turn=between(draws, *TURN),
+        growth=between(draws, *_GROWTH),
     )
 
 
-def _draw(
-    colours: np.ndarray, *, x: np.ndarray, y: np.ndarray, radius: np.ndarray, angle: np.ndarray, size: int
-) -> np.ndarray:
-    """Smooth-edged two-coloured discs, one per frame; places and radii in half widths of the picture."""
+def between(draws: Draws, low: float, high: float) -> float:
+    """The next number, uniform in [low, high)."""
+    return low + (high - low) * (draws.below(2**32) / 2**32)
+
+
+def draw_background(draws: Draws) -> np.ndarray:
+    """A dark colour, whole grey levels in float64 [3]."""
+    return _levels(draws, _DARK)
+
+
+def draw_pair(draws: Draws) -> np.ndarray:
+    """In which channels the first half of a disc is the brighter one, bool [3]."""
+    return np.array(_PAIRS[draws.below(len(_PAIRS))], dtype=bool)
+
+
+def draw_halves(draws: Draws, pair: np.ndarray) -> np.ndarray:
+    """The colours of a disc's halves, whole grey levels in float64 [2, 3]."""
+    low, high = _levels(draws, _LOW), _levels(draws, _HIGH)
+    return np.array([np.where(pair, high, low), np.where(pair, low, high)])
+
+
+def _levels(draws: Draws, bounds: tuple[int, int]) -> np.ndarray:
+    return np.array([float(round(between(draws, *bounds))) for _ in range(3)])
+
+
+def paint(below: np.ndarray, disc: Disc, motion: int, time: np.ndarray, *, size: int) -> np.ndarray:
+    """The disc, smooth-edged, over what is below it: float64 [frames, size, size, 3].
+
+    `below` is a colour or such frames; `time` counts frames from the moment in which the disc is as it was drawn.
+    """
+    name = MOTIONS[motion]
+    along = _DIRECTIONS.get(name, (0.0, 0.0))
     half = size / 2
+    x = half * (disc.centre[0] + time * (disc.step * along[0]))
+    y = half * (disc.centre[1] + time * (disc.step * along[1]))
+    radius = half * np.maximum(disc.radius + time * (disc.growth * _GROWTHS.get(name, 0.0)), 0.0)
+    angle = disc.angle + time * (disc.turn * _TURNS.get(name, 0.0))
     pixel = np.arange(size) + (0.5 - half)
-    dx = pixel[None, None, :] - half * x[:, None, None]
-    dy = pixel[None, :, None] - half * y[:, None, None]
+    dx = pixel[None, None, :] - x[:, None, None]
+    dy = pixel[None, :, None] - y[:, None, None]
     # rounded, because the last bit of a cosine differs between machines; +, -, * and sqrt do not
     cosine = np.array([round(math.cos(a) * 2**20) / 2**20 for a in angle])[:, None, None]
     sine = np.array([round(math.sin(a) * 2**20) / 2**20 for a in angle])[:, None, None]
-    inside = np.clip(half * radius[:, None, None] - np.sqrt(dx * dx + dy * dy) + 0.5, 0.0, 1.0)[..., None]
+    inside = np.clip(radius[:, None, None] - np.sqrt(dx * dx + dy * dy) + 0.5, 0.0, 1.0)[..., None]
     second = np.clip(dx * cosine + dy * sine + 0.5, 0.0, 1.0)[..., None]
-    background, first, other = colours
-    disc = first + (other - first) * second
-    return np.floor(background + (disc - background) * inside + 0.5).astype(np.uint8)
+    colour = disc.halves[0] + (disc.halves[1] - disc.halves[0]) * second
+    return below + (colour - below) * inside
+
+
+def to_bytes(picture: np.ndarray) -> np.ndarray:
+    """Grey levels, rounded to uint8."""
+    return np.floor(picture + 0.5).astype(np.uint8)
 
 
 # size is not 32, 48 or 96: decord2 3.4 cannot return videos of widths 16, 24, 32, 48, 96 and 144
@@ -142,99 +161,10 @@ def make_demo(
     called with the videos done and the videos to make. Several processes may call this at once: one makes the folder,
     the others wait. ValueError if the folder holds anything else.
     """
-    counts = {"train": train, "test": test}
-    if train < 1 or test < 0:
-        raise ValueError(f"train must be at least 1 and test at least 0, got {train} and {test}")
-    folder = Path(folder).absolute()
-    parameters = {"format": _FORMAT, **counts, "frames": frames, "size": size, "seed": seed}
-    if _is_complete(folder, parameters):
-        return folder / "train.csv"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_name(f".{folder.name}.lock")):
-        if not _is_complete(folder, parameters):
-            _refuse_others(folder)
-            unfinished = folder.with_name(f".{folder.name}.unfinished")
-            _remove(unfinished)
-            _write(unfinished, parameters, counts, progress)
-            _publish(unfinished, folder)
-    return folder / "train.csv"
 
+    def video(which: int, index: int, path: str) -> tuple[np.ndarray, list[str]]:
+        motion = index % len(MOTIONS)
+        return render(key(seed, which, index), motion, frames=frames, size=size), [f"{path} {motion}"]
 
-def _write(
-    folder: Path, parameters: dict[str, int], counts: dict[str, int], progress: Callable[[int, int], None] | None
-) -> None:
-    done, total = 0, sum(counts.values())
-    for which, split in enumerate(_SPLITS):
-        (folder / split).mkdir(parents=True)
-        lines = []
-        for index in range(counts[split]):
-            motion = index % len(MOTIONS)
-            path = f"{split}/{split}_{index:05d}.mp4"
-            video = render(
-                key(parameters["seed"], which, index), motion, frames=parameters["frames"], size=parameters["size"]
-            )
-            _encode(folder / path, video)
-            lines.append(f"{path} {motion}\n")
-            done += 1
-            if progress is not None:
-                progress(done, total)
-        (folder / f"{split}.csv").write_text("".join(lines))
-    (folder / _CLASSES).write_text("".join(f"{name}\n" for name in MOTIONS))
-    (folder / _PARAMETERS).write_text(json.dumps(parameters, indent=1) + "\n")
-
-
-def _encode(path: Path, video: np.ndarray) -> None:
-    """Lossless RGB H.264, a key frame every fourth frame, so that a clip may start anywhere at little cost."""
-    options = {"qp": "0", "g": "4", "preset": "ultrafast", "tune": "fastdecode"}
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264rgb", rate=8, options=options)
-        stream.height, stream.width = video.shape[1:3]
-        stream.pix_fmt = "rgb24"
-        stream.thread_count = 1
-        for frame in video:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-
-
-def _is_complete(folder: Path, parameters: dict[str, int]) -> bool:
-    try:
-        if json.loads((folder / _PARAMETERS).read_text()) != parameters or not (folder / _CLASSES).is_file():
-            return False
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
-        return False
-    return all(
-        (folder / f"{split}.csv").is_file() and len(list((folder / split).glob("*.mp4"))) == parameters[split]
-        for split in _SPLITS
-    )
-
-
-def _refuse_others(folder: Path) -> None:
-    """ValueError unless everything in `folder` can be replaced: nothing, or what an earlier call put there."""
-    if not folder.exists():
-        return
-    known = {_PARAMETERS, _CLASSES, *_SPLITS, *(f"{split}.csv" for split in _SPLITS)}
-    foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in known) if folder.is_dir() else ["it"]
-    if foreign:
-        raise ValueError(f"{folder} must be new, empty or a folder of demo videos, but it holds {foreign[0]}")
-
-
-def _publish(unfinished: Path, folder: Path) -> None:
-    old = folder.with_name(f".{folder.name}.old")
-    _remove(old)
-    if folder.exists():
-        folder.rename(old)
-    unfinished.rename(folder)
-    _remove(old)
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock file; the kernel frees it when the process ends, however it ends."""
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+    parameters = {"format": _FORMAT, "train": train, "test": test, "frames": frames, "size": size, "seed": seed}
+    return make_folder(folder, video, parameters=parameters, mark="demo.json", classes=MOTIONS, progress=progress)

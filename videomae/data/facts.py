@@ -1,11 +1,11 @@
-"""What a video file's header says of it, beside what `Video` knows."""
+"""What a video file's header and its first frame say of it, beside what `Video` knows."""
 
 from pathlib import Path
 from typing import NamedTuple
 
 import av
 
-from videomae.data.decode import UnreadableVideo
+from videomae.data.decode import UnreadableVideo, Video
 
 
 class Facts(NamedTuple):
@@ -29,13 +29,39 @@ def facts(path: str | Path) -> Facts:
             if stream.codec_context is None:
                 raise UnreadableVideo(path, "its codec is not known here")
             codec = stream.codec_context.codec
-            seconds = None
-            if stream.duration and stream.time_base:
-                seconds = float(stream.duration * stream.time_base)
-            elif container.duration:
-                seconds = container.duration / 1e6
             # PyAV 14 only knows the decoder's own name, such as libdav1d
-            return Facts(getattr(codec, "canonical_name", codec.name), seconds)
+            return Facts(getattr(codec, "canonical_name", codec.name), _seconds(container))
     except (av.FFmpegError, OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        raise UnreadableVideo(path, reason) from error
+        raise UnreadableVideo(path, _reason(error)) from error
+
+
+def first_frame(path: str | Path) -> tuple[int, int, float | None]:
+    """Height and width of a file's first frame, upright, and the seconds of its header: of a film of gigabytes, the
+    beginning is read. Raises UnreadableVideo."""
+    if "::" in str(path):
+        video = Video(path)  # of a prepared set, which says what it has
+        height, width = video.read([0]).shape[1:3]
+        return height, width, video.duration
+    try:
+        with av.open(str(path), metadata_errors="replace") as container:
+            # one thread, as one frame is wanted
+            stream = container.streams.video[0]
+            stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+            for frame in container.decode(stream):
+                turned = frame.rotation % 180 != 0
+                height, width = (frame.width, frame.height) if turned else (frame.height, frame.width)
+                return height, width, _seconds(container)
+    except (av.FFmpegError, OSError, ValueError, IndexError) as error:
+        raise UnreadableVideo(path, _reason(error)) from error
+    raise UnreadableVideo(path, "no video frames")
+
+
+def _seconds(container: "av.container.InputContainer") -> float | None:
+    stream = container.streams.video[0]
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    return container.duration / 1e6 if container.duration else None
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"

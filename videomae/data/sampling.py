@@ -120,7 +120,8 @@ class KeyFrameClip:
         Of 16 frames 4 apart: -31, -27, ..., -3, 1, ..., 29, so the key frame is not among them. Where one side is
         shorter than half of the span, the other is cut to it, and the first and last frames repeat.
         """
-        check(before >= 0 and after >= 1, f"a key frame must be in the video; got {before} frames before, {after} after")
+        is_inside = before >= 0 and after >= 1
+        check(is_inside, f"a key frame must be in its video; got {before} frames before, {after} after")
         half = min(before, after)
         start = (2 * half - self.span(length)) // 2 + (self.stride - 1) // 2
         return [min(max(start + self.stride * i, 0), max(2 * half - 1, 0)) - half for i in range(length)]

@@ -1,0 +1,262 @@
+"""Train a detector of actions, or test one: `python -m train.detect [RECIPE] --data PATH [--weights W] [--evaluate]`.
+
+What detection adds to the loop of train/loop.py: key frames and their boxes, which follow the clip through crop and
+flip, and frame mAP on the validation set.
+"""
+
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from train.cli import parse
+from train.detect_evaluation import evaluate, find_set, said, source_of
+from train.detect_recipes import DETECT, DetectConfig
+from train.detection import Detections, NotFinite, inference_of, padded_boxes, score_boxes
+from train.inference import Reading, find_weights
+from train.log import RunLog
+from train.loop import command
+from train.memory import Workload
+from train.objective import DetectObjective
+from train.optim import PRECISIONS
+from train.plan import detect_workload
+from train.run import Run, check_reader, warn_of, warn_of_flips
+from train.validated import ValidatedVerb
+from train.verb import counts_of_tokens, to_device
+from videomae.data import storage
+from videomae.data.boxes import jittered
+from videomae.data.dataset import AUGMENT, BOXES, Sample, VideoList
+from videomae.data.feed import OnDevice
+from videomae.data.key_frame_reader import KeyFrameReader, boxes_in_view, training_view
+from videomae.data.key_frames import KeyFrames
+from videomae.detector import Detector, detector
+from videomae.keys import Draws, key
+from videomae.model import Input, size_of
+from videomae.weights import load_weights
+
+PROG = "python -m train.detect"
+_ABOUT = "Train a detector of actions in given boxes; with no argument, on the demo's scenes. --evaluate tests one."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code, see `train.loop.command` and `train.detect_evaluation.evaluate`."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    config = parse(arguments, DETECT, "demo", prog=PROG, about=_ABOUT)
+    if config.evaluate:
+        return evaluate(config, PROG)
+    return command(Detection, DETECT, arguments, prog=PROG, about=_ABOUT)
+
+
+class Detection(ValidatedVerb[DetectConfig]):
+    """One detection run."""
+
+    name = "detect"
+    measure = "val_map"
+
+    def __init__(self, config: DetectConfig) -> None:
+        super().__init__(config)
+        self._train: KeyFrames | None = None
+        self._val: KeyFrames | None = None
+        self._report: list[str] = []  # on where the weights came from
+
+    @property
+    def recipes(self) -> Mapping[str, Callable[[], DetectConfig]]:
+        return DETECT
+
+    @property
+    def input(self) -> Input:
+        return self.config.model.input
+
+    @property
+    def recompute(self) -> str:
+        return self.config.model.recompute
+
+    @property
+    def train_set(self) -> KeyFrames:
+        assert self._train is not None
+        return self._train
+
+    @property
+    def validate_every(self) -> float:
+        return self.config.validate_every if self._val is not None else 0
+
+    # -- before the first step
+
+    def find_videos(self) -> VideoList:
+        data = self.config.data
+        source = source_of(self.config)
+        storage.configure(data.cache_of(source))
+        self._train = find_set(self.config, source, "train")
+        warn_of(self._train.videos)
+        check_reader(data, self._train.videos)
+        if self.config.validate_every:
+            self._val = self._find_val(source)
+        warn_of_flips(self._train.classes, self.config.augment.flip)
+        return self._train.videos
+
+    def _find_val(self, source: str) -> KeyFrames | None:
+        """The validation set; None, and a note, where there is none beside the training set."""
+        if self.config.data.val is not None:
+            found = find_set(self.config, self.config.data.val, "val", like=self.train_set)
+        else:
+            try:
+                found = find_set(self.config, source, "val", like=self.train_set)
+            except ValueError as error:
+                print(f"note: no validation, which --data.val may give: {error}", file=sys.stderr)
+                return None
+        warn_of(found.videos)
+        return found
+
+    def sequences(self) -> dict[str, tuple[int, int]]:
+        size = size_of(self.config.model.size)
+        return {"encoder": counts_of_tokens(self.input, size.width, size.heads)}
+
+    def build(self) -> Detector:
+        model = self.config.model
+        made = detector(
+            model.size,
+            num_classes=len(self.train_set.classes),
+            frames=model.frames,
+            image_size=model.image_size,
+            cube=model.cube,
+            drop_path=model.drop_path,
+            init_scale=model.init_scale,
+            aligned=model.aligned,
+        )
+        made.classes, made.class_ids = self.train_set.classes, self.train_set.class_ids
+        made.key_clip = self.config.clip
+        made.blocks.recompute = model.recompute
+        if model.frozen:
+            made.requires_grad_(False)
+            made.head.requires_grad_(True)
+        return made
+
+    def initialize(self, model: nn.Module) -> None:
+        if self.config.weights is None:
+            self._report = ["from nothing: --weights W starts from pre-training"]
+            return
+        report = load_weights(model, find_weights(self.config.weights), positions=self.config.positions)
+        self._report = str(report).splitlines()
+
+    def workload(self, num_parameters: int, precision: str, device_type: str) -> Workload:
+        return detect_workload(self.config, num_parameters, precision, device_type)
+
+    def objective(self, model: nn.Module, precision: str) -> DetectObjective:
+        assert isinstance(model, Detector)
+        return DetectObjective(model, self.config.sum_over, PRECISIONS[precision])
+
+    def reader(self) -> KeyFrameReader:
+        config = self.config
+        return KeyFrameReader.for_training(
+            self.train_set,
+            config.clip,
+            config.model.frames,
+            self.input.size,
+            config.seed,
+            flip=config.augment.flip,
+            colour=config.augment.colour,
+            decoder=config.data.decoder,
+        )
+
+    def fingerprint(self, videos: VideoList) -> str:
+        return self.train_set.fingerprint
+
+    def describe(self, run: Run) -> list[str]:
+        config, model = self.config, self.config.model
+        height, width = self.input.size
+        millions = sum(p.numel() for p in run.model.parameters()) / 1e6
+        val = f"{len(self._val):,} key frames" if self._val else "none"
+        flip = "half of the clips mirrored" if config.augment.flip else "no flip"
+        return [
+            f"boxes     {self.train_set.num_boxes:,}, {len(self.train_set.classes)} classes; validation {val}",
+            f"model     {model.size}: {millions:.1f} M parameters",
+            *(f"weights   {line.strip()}" for line in self._report),
+            f"clip      {model.frames} x {height} x {width}, {said(config.clip)}; {flip}",
+        ]
+
+    def facts(self) -> dict[str, Any]:
+        return {"classes": list(self.train_set.classes), "weights": self._report}
+
+    # -- in the loop
+
+    def inputs(self, run: Run, batch: OnDevice, step: int) -> dict[str, Tensor]:
+        config, host = self.config, batch.batch
+        # drop path: the same whatever the run did before
+        torch.manual_seed(key(config.seed, step, int(host.keys[0])))
+        boxes = [self._boxes(sample) for sample in host.samples]
+        # engines that were made for one shape see it always
+        most = self._most_boxes if config.engine != "eager" else None
+        padded = padded_boxes(boxes, most)
+        labels = torch.zeros(*padded.shape[:2], len(self.train_set.classes), dtype=torch.uint8)
+        valid = torch.zeros(padded.shape[:2], dtype=torch.bool)
+        for row, (sample, own) in enumerate(zip(host.samples, boxes, strict=True)):
+            labels[row, : len(own)] = torch.from_numpy(self.train_set.labels_of(sample.index)[: len(own)])
+            valid[row, : len(own)] = True
+        made = {"boxes": padded, "labels": labels, "valid": valid}
+        return {"frames": batch.frames, **{name: to_device(value, run.device) for name, value in made.items()}}
+
+    @property
+    def _most_boxes(self) -> int:
+        return min(self.config.augment.max_boxes, self.train_set.most_boxes)
+
+    def _boxes(self, sample: Sample) -> np.ndarray:
+        """[n, 4], in pixels of the clip as it was read."""
+        config, index = self.config, sample.index
+        height, width = self.train_set.size_of(index)
+        view = training_view(
+            *(height, width, config.clip.short_side, self.input.size, config.augment.flip),
+            Draws(config.seed, *sample, AUGMENT),
+        )
+        fractions = self.train_set.boxes_of(index)[: config.augment.max_boxes]
+        boxes = boxes_in_view(fractions, height, width, view, self.input.size)
+        if not config.augment.jitter:
+            return boxes
+        return jittered(boxes, *self.input.size, Draws(config.seed, *sample, BOXES))
+
+    def validate(self, run: Run, log: RunLog, done: int) -> dict[str, float]:
+        assert self._val is not None
+        assert isinstance(run.model, Detector)
+        config, was_training = self.config, run.model.training
+        inference = inference_of(
+            *(run.model, self._val, config.clip.short_side),
+            device=run.device.type,
+            precision=run.precision,
+            attention=config.attention,
+        )
+        reading = Reading(run.workers, config.loader, run.cache)
+        reader = KeyFrameReader.for_test(self._val, config.clip, config.model.frames, decoder=config.data.decoder)
+        found, lost = Detections(self._val), 0
+        try:
+            for scored, skips in score_boxes(inference, self._val, reader, reading=reading, say=log.say):
+                found.add(scored)
+                lost += len(skips)
+                for skip in skips:
+                    log.say(f"validation: its boxes count as missed: {skip.path}: {skip.reason}")
+            value = 100 * found.measure(iou=config.iou, protocol=config.protocol)["mAP"]
+        except NotFinite as error:
+            log.say(f"validation: {error}: counted as 0")
+            value = 0.0
+        run.model.train(was_training)
+        log.say(f"validation after step {done}: mAP@{config.iou:g} {value:.2f}")
+        return {"val_map": value, "val_unreadable": lost}
+
+    def results(self, run: Run, checkpoint: Path) -> list[str]:
+        lines = []
+        if found := self.last_and_best(run.out):
+            last, best = found
+            best_text = f"(best {best['val_map']:.2f}, step {best['step']})"
+            lines.append(f"validation      mAP@{self.config.iou:g} {last['val_map']:.2f} {best_text}")
+        config = self.config
+        words = ["python", "-m", "train.detect", config.recipe, "--evaluate", "--weights", str(run.out)]
+        if config.data.path is not None:
+            words += ["--data", config.data.val or config.data.path]
+        return [*lines, f"evaluate        {shlex.join(words)}"]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

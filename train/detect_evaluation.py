@@ -1,0 +1,309 @@
+"""Test a detector: `python -m train.detect --evaluate --weights W --data PATH`.
+
+Writes AVA's csv of detections, the table of frame mAP, and pictures of key frames.
+"""
+
+import csv
+import json
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kernels.launch import check
+from train.box_picture import Boxed, draw_boxes
+from train.cli import flat, user_errors
+from train.detect_recipes import DETECT, DetectConfig
+from train.detection import Detections, NotFinite, inference_of, score_boxes
+from train.evaluation import weights_hash
+from train.inference import Inference, Reading, find_weights, name_of, read_model
+from train.progress import Progress
+from train.record import surroundings
+from train.run import check_reader, demo_scenes, warn_of
+from train.signals import stop_signals
+from videomae.data import storage
+from videomae.data.box_rows import write_rows
+from videomae.data.key_frame_reader import KeyFrameReader, key_frame_image
+from videomae.data.key_frames import KeyFrames, find_key_frames
+from videomae.data.loader import Skip
+from videomae.data.sampling import KeyFrameClip
+from videomae.detector import Detector
+from videomae.weight_files import write_atomically
+
+_SHOWN = 3  # classes of a box in a picture
+_LEAST_SHOWN = 0.05  # of their scores
+_WORST = 5  # classes on the terminal
+
+
+@dataclass
+class _Test:
+    """All that a test needs."""
+
+    config: DetectConfig
+    out: Path
+    weights: str
+    model: Detector
+    clip: KeyFrameClip
+    key_frames: KeyFrames
+    reader: KeyFrameReader
+    inference: Inference
+
+
+def source_of(config: DetectConfig) -> str:
+    """Where the key frames are; the demo renders its own. ValueError when nobody said."""
+    is_demo = config.data.path is None
+    check(not is_demo or config.recipe == "demo", f"recipe {config.recipe} needs --data: key frames, boxes and videos")
+    return str(demo_scenes()) if config.data.path is None else config.data.path
+
+
+def find_set(
+    config: DetectConfig, source: str, split: str, *, like: KeyFrames | None = None, model: Detector | None = None
+) -> KeyFrames:
+    """The key frames of a split, their classes numbered as those of like, or as model's head. Raises ValueError."""
+    data = config.data
+    known = like or model
+    return find_key_frames(
+        source,
+        split,
+        videos=data.videos,
+        boxes=data.boxes if split != "train" else None,
+        score_at_least=data.least_score,
+        starts_at=data.starts_at,
+        frames_rate=data.frames_rate,
+        classes=None if known is None else known.classes,
+        allow_missing=data.allow_missing,
+    )
+
+
+def said(clip: KeyFrameClip) -> str:
+    """In words."""
+    rate = "" if clip.rate is None else f" at {clip.rate:g} frames a second"
+    return f"stride {clip.stride}{rate}, short side {clip.short_side}"
+
+
+def read_detector(source: str) -> tuple[Detector, tuple[str, ...]]:
+    """The detector in these weights, and what is to be said of loading it. ValueError where they are of none."""
+    model, report = read_model(source)
+    if not isinstance(model, Detector):
+        raise ValueError(f"{source} holds no detector: train one first (python -m train.detect --weights {source})")
+    return model, report.messages
+
+
+def evaluate(config: DetectConfig, prog: str) -> int:
+    """Run the test; returns its exit code: 0 done, 1 without a result, 2 wrong use, 130 and 143 stopped by Ctrl-C,
+    SIGTERM."""
+    try:
+        with user_errors(prog):
+            test = _prepare(config)
+        _say_plan(test)
+        begin = time.monotonic()
+        with stop_signals() as stop:
+            found, lost = _score(test, stop)
+        if stop:
+            print(f"{prog}: stopped, without a result", file=sys.stderr)
+            return 128 + stop[0]
+        if lost and config.unreadable == "error":
+            return _refuse_unreadable(prog, lost, len(test.key_frames))
+        _report(test, found, lost, time.monotonic() - begin)
+        return 0
+    except (NotFinite, OSError) as error:
+        print(f"{prog}: stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{prog}: stopped at once", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _prepare(config: DetectConfig) -> _Test:
+    """Everything that can be refused, before the first clip is read."""
+    weights = config.weights
+    if weights is None and config.recipe == "demo" and Path("runs/detect-demo").exists():
+        weights = "runs/detect-demo"
+    check(weights is not None, "nothing to test: give --weights, a run folder or a weights file")
+    assert weights is not None
+    weights = find_weights(weights)
+    model, messages = read_detector(weights)
+    for message in messages:
+        print(f"note: {message}", file=sys.stderr)
+    clip = _clip_of(config, model)
+    source = config.data.val or source_of(config)
+    storage.configure(config.data.cache_of(source))
+    key_frames = find_set(config, source, "val", model=model)
+    warn_of(key_frames.videos)
+    check_reader(config.data, key_frames.videos)
+    check(
+        len(key_frames.classes) == model.head.out_features,
+        f"{source} has {len(key_frames.classes)} classes, the detector {model.head.out_features}",
+    )
+    out = Path(config.out or f"runs/evaluate-{name_of(weights)}")
+    check(not out.exists() or out.is_dir(), f"{out} is a file; --out is a folder for the results")
+    reader = KeyFrameReader.for_test(key_frames, clip, model.input.frames, decoder=config.data.decoder)
+    inference = inference_of(
+        *(model, key_frames, clip.short_side),
+        device=config.device,
+        precision=config.precision,
+        attention=config.attention,
+        micro_batch=config.micro_batch,
+    )
+    return _Test(config, out, weights, model, clip, key_frames, reader, inference)
+
+
+def _clip_of(config: DetectConfig, model: Detector) -> KeyFrameClip:
+    """As the weights were trained, unless flags say otherwise."""
+    stated, asked = model.key_clip, config.clip
+    if stated is None or asked == stated:
+        return asked
+    if asked == DETECT[config.recipe]().clip:
+        return stated
+    print(f"note: clips were {said(stated)} in training and are {said(asked)} here", file=sys.stderr)
+    return asked
+
+
+def _say_plan(test: _Test) -> None:
+    frames, attention = test.key_frames, test.inference.attention
+    print(f"test      {test.out}")
+    print(f"weights   {test.weights} ({weights_hash(test.model)}): {len(frames.classes)} classes")
+    print(
+        f"data      {len(frames):,} key frames ({frames.fingerprint}), {frames.num_boxes:,} boxes {frames.boxes_from}"
+    )
+    print(f"clip      {test.model.input.frames} frames, {said(test.clip)}, whole frames")
+    print(
+        f"device    {test.inference.device}, {test.inference.precision}; attention {attention.name} ({attention.why})"
+    )
+    sys.stdout.flush()
+
+
+def _score(test: _Test, stop: list[int]) -> tuple[Detections, list[Skip]]:
+    found = Detections(test.key_frames)
+    lost: list[Skip] = []
+    reading = Reading(test.config.workers, test.config.loader)
+    with Progress(len(test.key_frames), unit="key frames") as progress:
+        for scored, skips in score_boxes(
+            test.inference, test.key_frames, test.reader, reading=reading, say=progress.say
+        ):
+            found.add(scored)
+            lost += skips
+            for skip in skips:
+                progress.say(f"unreadable: {skip.path}: {skip.reason}")
+            progress.advance(len(scored) + len(skips))
+            if stop:
+                break
+    return found, lost
+
+
+def _refuse_unreadable(prog: str, lost: list[Skip], total: int) -> int:
+    print(f"{prog}: no result: {len(lost):,} of {total:,} key frames cannot be read", file=sys.stderr)
+    for skip in lost:
+        print(f"  {skip.path}: {skip.reason}", file=sys.stderr)
+    print("repair these, or count their boxes as missed with --unreadable missed", file=sys.stderr)
+    return 1
+
+
+def _report(test: _Test, found: Detections, lost: list[Skip], seconds: float) -> None:
+    config, out = test.config, test.out
+    out.mkdir(parents=True, exist_ok=True)
+    write_rows(out / "detections.csv", found.rows())
+    measured = found.measure(iou=config.iou, protocol=config.protocol)
+    _write_table(test, measured, out / "per_class.csv")
+    drawn = _draw(test, found)
+    result = {
+        "mAP": measured["mAP"],
+        "per_group": measured["per_group"],
+        "per_class": {str(label): value for label, value in measured["per_class"].items()},
+        "protocol": _card(test),
+        "unreadable": [{"path": skip.path, "reason": skip.reason} for skip in lost],
+        "weights": test.weights,
+        "seconds": round(seconds, 3),
+        "config": flat(config),
+        "command": sys.argv,
+        **surroundings(),
+    }
+    text = json.dumps(result, indent=2) + "\n"
+    # last: where it is, all of it is
+    write_atomically(out / "result.json", lambda file: file.write_text(text))
+    _say_result(test, measured, len(lost), seconds, drawn)
+
+
+def _card(test: _Test) -> dict[str, Any]:
+    """What the numbers depend on, beside rounding: with one card they can be compared, where the weights differ."""
+    frames, data = test.key_frames, test.config.data
+    return {
+        "iou": test.config.iou,
+        "protocol": test.config.protocol,
+        "clip": f"{test.model.input.frames} frames, {said(test.clip)}",
+        "boxes": frames.boxes_from,
+        "least_score": data.least_score if data.boxes else None,
+        "key_frames": len(frames),
+        "list": frames.fingerprint,
+        "classes": len(frames.evaluated),
+        "mean": list(test.model.input.mean),
+        "std": list(test.model.input.std),
+        "weights": weights_hash(test.model),
+        "precision": test.inference.precision,
+        "unreadable": test.config.unreadable,
+    }
+
+
+def _write_table(test: _Test, measured: dict[str, Any], path: Path) -> None:
+    """A line for every class that counts: its AP in per cent, and how many boxes are annotated with it."""
+    frames = test.key_frames
+    names = dict(zip(frames.class_ids, frames.classes, strict=True))
+    counts = dict(zip(*np.unique(frames.ground_truth.label, return_counts=True), strict=True))
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        table = csv.writer(file)
+        table.writerow(("id", "class", "annotated", "AP"))
+        for label in frames.evaluated:
+            value = measured["per_class"].get(label)
+            shown = "" if value is None else f"{100 * value:.2f}"
+            table.writerow((label, names[label], int(counts.get(label, 0)), shown))
+
+
+def _draw(test: _Test, found: Detections) -> int:
+    """Key frames evenly spread over those that were read; how many."""
+    frames, wanted = test.key_frames, test.config.pictures
+    read = [i for i in range(len(frames)) if found.scores_of(i) is not None]
+    chosen = sorted({read[len(read) * k // wanted] for k in range(wanted)}) if read and wanted else []
+    folder = test.out / "pictures"
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()  # of an earlier test
+    for index in chosen:
+        scores, boxes = found.scores_of(index), frames.boxes_of(index)
+        assert scores is not None
+        truth = frames.annotated(index)
+        boxed = [
+            Boxed(box, best_classes(row, frames.classes), None if truth is None else truth[place])
+            for place, (box, row) in enumerate(zip(boxes, scores, strict=True))
+        ]
+        name, second = frames.names[index], frames.seconds[index]
+        image = key_frame_image(test.reader, frames.videos.paths[index], index)
+        sheet = draw_boxes(image, boxed, f"{Path(name).name}, second {second:g}")
+        sheet.save(folder / f"{index:06d}.png")
+    return len(chosen)
+
+
+def best_classes(scores: np.ndarray, names: tuple[str, ...]) -> list[tuple[str, float]]:
+    """The likeliest classes of a box with their scores; none but the first where it is small."""
+    order = np.argsort(-scores, kind="stable")[:_SHOWN]
+    return [(names[c], float(scores[c])) for n, c in enumerate(order) if n == 0 or scores[c] >= _LEAST_SHOWN]
+
+
+def _say_result(test: _Test, measured: dict[str, Any], lost: int, seconds: float, drawn: int) -> None:
+    frames, config = test.key_frames, test.config
+    names = dict(zip(frames.class_ids, frames.classes, strict=True))
+    missed = f"; {lost:,} could not be read, their boxes count as missed" if lost else ""
+    rate = f", {len(frames) / seconds:,.2f} a second" if seconds else ""
+    print(f"\nmAP@{config.iou:<5g} {100 * measured['mAP']:6.2f} %   {len(measured['per_class'])} classes{missed}")
+    if len(measured["per_group"]) > 1:
+        for group, value in measured["per_group"].items():
+            print(f"{'':<10}{100 * value:6.2f} %   {group.replace('_', ' ')}")
+    worst = sorted(measured["per_class"].items(), key=lambda item: item[1])[:_WORST]
+    for number, (label, value) in enumerate(worst):
+        print(f"{'worst' if number == 0 else '':<10}{100 * value:6.2f} %   {names[label]}")
+    pictures = f", pictures/ ({drawn})" if drawn else ""
+    print(f"time      {seconds:,.1f} s for {len(frames):,} key frames{rate}")
+    print(f"files     {test.out}/result.json, detections.csv, per_class.csv{pictures}")

@@ -1,0 +1,164 @@
+"""Where boxes come from: annotated ones from AVA's files or a list of one's own, and detected ones to be classified."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from kernels.launch import check
+from videomae.data import storage
+from videomae.data.ava import AvaFiles, Detected, ava_classes, find_ava, read_detected, read_excluded, read_images
+from videomae.data.box_rows import BoxRows, read_rows
+from videomae.data.labelled import CLASSES, read_classes
+
+# the lists that serve as a split, best first: many data sets have one of val and test
+_SERVES = {"train": ("train",), "val": ("val", "test"), "test": ("test", "val")}
+_TOLERANCE = 1e-3  # of the frame: what a box may lie outside of it, as files round
+_NAMED = 5  # of many, in a message
+
+
+class Annotated(NamedTuple):
+    """The rows of one split. file: where they stand. home: the folder that videos are named from. classes: by column;
+    class_ids: what rows call them; evaluated: the ids that count. excluded: moments that are left out."""
+
+    file: Path
+    home: Path
+    rows: BoxRows
+    classes: tuple[str, ...]
+    class_ids: tuple[int, ...]
+    evaluated: tuple[int, ...]
+    excluded: tuple[tuple[str, float], ...]
+    ava: AvaFiles | None
+    notes: tuple[str, ...]
+
+
+def some(names: Sequence[object]) -> str:
+    """The first few of them, and how many more there are."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(map(str, names[:_NAMED])) + more
+
+
+def read_annotated(
+    source: str | Path, split: str, classes: Sequence[str] | None = None, *, exclude: bool = True
+) -> Annotated:
+    """The annotated boxes of a split. classes: the training set's, which must be this one's. Raises ValueError."""
+    check(str(source) != "", "no path to look for boxes in")
+    check(not storage.is_url(str(source)), f"boxes are read from files here, not from {source}")
+    path = Path(source).expanduser()
+    check(path.exists(), f"no such file or folder: {path}")
+    names = None if classes is None else tuple(classes)
+    if path.is_dir() and (files := find_ava(path, split)) is not None:
+        found = _of_ava(files, names, exclude)
+    else:
+        found = _of_list(path, split, names)
+    _check_labels(found)
+    return found
+
+
+def _of_ava(files: AvaFiles, names: tuple[str, ...] | None, exclude: bool) -> Annotated:
+    own, evaluated = ava_classes(files.classes)
+    if names is not None and names != own:
+        here = f"{files.rows.parent} has {len(own)} classes, {own[0]}, ..."
+        check(len(names) == len(own) and not files.classes, f"{here}; the training set has {len(names)} others")
+        own = names
+    excluded = read_excluded(files.excluded) if exclude and files.excluded is not None else ()
+    rows = read_rows(files.rows, score=False)
+    ids = tuple(range(1, len(own) + 1))
+    return Annotated(files.rows, files.home, rows, own, ids, evaluated, excluded, files, ())
+
+
+def _of_list(path: Path, split: str, names: tuple[str, ...] | None) -> Annotated:
+    file, notes = _list_of(path, split)
+    own = read_classes(beside) if (beside := file.parent / CLASSES).is_file() else None
+    if own is not None and names is not None and own != names:
+        raise ValueError(f"{beside} names other classes than the training set: {some(own)}; there {some(names)}")
+    rows = read_rows(file, classes=own or names)
+    known = own or names or rows.classes
+    if known is None:
+        known = tuple(map(str, range(int(rows.label.max()) + 1)))
+    ids = tuple(range(len(known)))
+    return Annotated(file, file.parent.resolve(), rows, known, ids, ids, (), None, notes)
+
+
+def _list_of(path: Path, split: str) -> tuple[Path, tuple[str, ...]]:
+    """The csv of a split, and what is to be noted of it."""
+    if path.is_file():
+        given = split == "train" or path.stem != "train"
+        check(given, f"{path} is the training list; give its folder if that has {split}.csv, or the list of {split}")
+        return path, ()
+    for name in _SERVES.get(split, (split,)):
+        if (file := path / f"{name}.csv").is_file():
+            return file, () if name == split else (f"no {split} boxes in {path}: those of {name} serve",)
+    raise ValueError(f"no boxes of {split} in {path}: neither {split}.csv nor ava_{split}_v2.2.csv is there")
+
+
+def read_boxes(path: str | Path, annotated: Annotated, least: float) -> Detected:
+    """Detected boxes whose score is at least `least`: of AVA's json, or of a csv. Raises ValueError."""
+    path = Path(path).expanduser()
+    check(path.is_file(), f"no such file of boxes: {path}")
+    if path.suffix.lower() == ".json":
+        check(annotated.ava is not None, f"{path} goes with AVA's files; boxes of {annotated.file} need a csv")
+        assert annotated.ava is not None
+        found = read_detected(path, read_images(annotated.ava), least)
+    else:
+        found = _from_csv(path, least)
+    check(len(found.scores) > 0, f"{path} has no box with a score of at least {least:g}")
+    return found
+
+
+def _from_csv(path: Path, least: float) -> Detected:
+    """`video,second,x1,y1,x2,y2`, anything, and the score at last, a line; a first line that names columns may name the
+    score elsewhere. Corners are fractions."""
+    try:
+        lines = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no list of boxes: {error}") from error
+    place, start = -1, 0
+    if lines and "x1" in lines[0]:
+        check("score" in lines[0], f"{path}: its first line names no score; it is `{','.join(lines[0])[:80]}`")
+        place, start = lines[0].index("score"), 1
+    videos, numbers = [], []
+    for number, row in enumerate(lines[start:], start + 1):
+        if not row:
+            continue
+        try:
+            score = float(row[place])
+            check(len(row) >= 7 and np.isfinite(score), "")
+            if score >= least:
+                videos.append(row[0].strip())
+                numbers.append((*map(float, row[1:6]), score))
+        except (ValueError, IndexError) as error:
+            shown = ",".join(row)[:80]
+            wanted = "video,second,x1,y1,x2,y2,...,score"
+            raise ValueError(f"{path}:{number} should be `{wanted}`; it is `{shown}`") from error
+    table = np.array(numbers, dtype=np.float64).reshape(-1, 6)
+    return Detected(videos, table[:, 0], table[:, 1:5], np.ones((len(table), 2), dtype=np.int64), table[:, 5])
+
+
+def check_boxes(file: Path, names: Sequence[object], video: np.ndarray, second: np.ndarray, box: np.ndarray) -> None:
+    """ValueError when a box is not in the frame, or is empty."""
+    outside = ~((box >= -_TOLERANCE) & (box <= 1 + _TOLERANCE)).all(axis=1)
+    empty = (box[:, 2:] <= box[:, :2]).any(axis=1)
+    for wrong, what in ((outside, "boxes reach out of the frame"), (empty, "boxes are empty")):
+        rows = np.flatnonzero(wrong)
+        if len(rows):
+            shown = [_box_text(names[video[row]], second[row], box[row]) for row in rows[:_NAMED]]
+            more = f" and {len(rows) - _NAMED:,} more" if len(rows) > _NAMED else ""
+            raise ValueError(f"{file}: {len(rows):,} of {len(box):,} {what}: {'; '.join(shown)}{more}")
+
+
+def _box_text(name: object, second: float, box: np.ndarray) -> str:
+    corners = ", ".join(f"{side:.5g}" for side in box)
+    return f"{name} second {second:g} ({corners})"
+
+
+def _check_labels(found: Annotated) -> None:
+    ids, counts = np.unique(found.rows.label, return_counts=True)
+    unknown = ~np.isin(ids, found.class_ids)
+    if unknown.any():
+        shown = [f"{one} ({count:,})" for one, count in zip(ids[unknown], counts[unknown], strict=True)]
+        known = f"there are {len(found.class_ids)}, {found.class_ids[0]} to {found.class_ids[-1]}"
+        total = int(counts[unknown].sum())
+        raise ValueError(f"{found.file}: {total:,} rows have a class that is none: {some(shown)}; {known}")
