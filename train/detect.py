@@ -56,6 +56,7 @@ class Detection(ValidatedVerb[DetectConfig]):
     """One detection run."""
 
     name = "detect"
+    unit = "key frames"
     measure = "val_map"
 
     def __init__(self, config: DetectConfig) -> None:

@@ -295,7 +295,9 @@ def say_plan(run: Run, resumed_from: Path | None) -> None:
     passes = run.schedule.steps * config.batch_size / len(run.videos)
     epochs = f"{passes:,.1f} epochs" + (f" x {views} views = {passes * views:,.1f} effective ones" if views > 1 else "")
     print(f"run       {run.out}")
-    print(f"data      {config.data.path or 'data/demo'}: {len(run.videos):,} videos, {run.workers} workers")
+    # the demo's videos are in its folder's train/
+    where = config.data.path or os.path.relpath(Path(run.videos.paths[0]).parents[1])
+    print(f"data      {where}: {len(run.videos):,} {run.verb.unit}, {run.workers} workers")
     for line in run.verb.describe(run):
         print(line)
     print(f"device    {device}, {run.precision}; engine {config.engine}")
@@ -306,7 +308,7 @@ def say_plan(run: Run, resumed_from: Path | None) -> None:
     print(
         f"batch     {run.plan.clips} clips a step = "
         f"{run.plan.micro_batch} at a time x {run.plan.accumulation} accumulated"
-        + (f" ({config.batch_size} videos x {views} views)" if views > 1 else "")
+        + (f" ({config.batch_size} {run.verb.unit} x {views} views)" if views > 1 else "")
     )
     recomputed = "" if run.verb.recompute == "none" else f", {run.verb.recompute} computed anew"
     print(f"memory    {bytes_text(run.plan.peak_bytes)} at a step's peak, estimated{recomputed}")

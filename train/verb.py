@@ -27,6 +27,7 @@ class Verb(ABC, Generic[C]):
     """One kind of training, with the configuration of one run of it."""
 
     name: ClassVar[str]  # of the command
+    unit: ClassVar[str] = "videos"  # what a clip is read of
     together: int = 1  # clips that must be in one micro-batch
 
     def __init__(self, config: C) -> None:

@@ -79,3 +79,14 @@ def test_a_batch_of_nothing_is_zero(model):
     given["valid"] = torch.zeros_like(given["valid"])
     assert DetectObjective(model)(**given).item() == 0
     assert DetectObjective(model)(**given, weight=torch.zeros(3)).item() == 0
+
+
+@pytest.mark.long
+def test_is_compiled_in_one_piece(model):
+    given = batch()
+    torch._dynamo.reset()
+    compiled = torch.compile(DetectObjective(model), fullgraph=True, dynamic=False, backend="aot_eager")
+    losses = [one(**given, weight=torch.ones(3)) for one in (DetectObjective(model), compiled)]
+    gradients = [torch.autograd.grad(loss, model.blocks[0].mlp.fc1.weight)[0] for loss in losses]
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(gradients[1], gradients[0])

@@ -242,12 +242,17 @@ def _wrong_row(found: Mapping[str, Any]) -> tuple[int, str] | None:
         ids = found[name]
         least = 0 if name == "label" else -_MOST
         rules.append(((ids >= least) & (ids <= _MOST) & (ids == np.rint(ids)), f"a whole number as {name}", ids))
-    wrong = [(int(right.argmin()), what, values) for right, what, values in rules if not right.all()]
+    wrong = [(int(right.argmin()), right, what, values) for right, what, values in rules if not right.all()]
     if not wrong:
         return None
-    row, what, values = min(wrong, key=lambda one: one[0])
+    row, right, what, values = min(wrong, key=lambda one: one[0])
     got = "" if values is None else f"; got {', '.join(map(str, np.atleast_1d(values[row]).tolist()))}"
-    return row, f"there must be {what}{got}"
+    return row, f"there must be {what}{got}{_also(int((~right).sum()) - 1)}"
+
+
+def _also(lines: int) -> str:
+    """How many more, of those that were read until now."""
+    return f" ({lines:,} more line{'s' * (lines > 1)} like that)" if lines else ""
 
 
 def _line_of(row: int, number: int, block: bytes) -> int:
@@ -276,12 +281,14 @@ def _labels(
     if classes is None and not are_ids:
         names = tuple(sorted(set(bare)))
     known = classes if isinstance(classes, Mapping) else {name: number for number, name in enumerate(names or ())}
-    ids = []
-    for text, name in zip(texts, bare, strict=True):
-        number = known.get(name, int(float(name)) if _is_id(name) else -1)
-        right = name != "" and number >= 0 and (names is None or number < len(names))
-        check(right, f"{path}:{_line_with(path, layout, text)}: label must be a class; it is `{name[:80]}`")
-        ids.append(number)
+    ids = [known.get(name, int(float(name)) if _is_id(name) else -1) for name in bare]
+    most = len(names) if names is not None else _MOST + 1
+    right = np.array([name != "" and 0 <= number < most for name, number in zip(bare, ids, strict=True)], bool)
+    if not right.all():
+        first = int(right.argmin())
+        where = f"{path}:{_line_with(path, layout, texts[first])}"
+        also = _also(int((~right[codes]).sum()) - 1)
+        raise ValueError(f"{where}: label must be a class; it is `{bare[first][:80]}`{also}")
     return np.array(ids, np.int32)[codes], names
 
 

@@ -308,3 +308,15 @@ def test_a_spoiled_file_is_refused_or_read_as_it_stands(tmp_path):
 @pytest.mark.long
 def test_thousands_of_spoiled_files_are_refused_or_read_as_they_stand(tmp_path):
     check_spoiled(tmp_path, range(1000, 3000))
+
+
+def test_counts_what_it_refuses(tmp_path):
+    head = "path,second,x1,y1,x2,y2,label\n"
+    outside = tmp_path / "outside.csv"
+    outside.write_text(head + "a,1,0,0,1,1,0\na,1,0,0,2,1,0\na,2,0,0,2,1,0\na,3,0,3,1,4,0\n")
+    with pytest.raises(ValueError, match=r":3: there must be corners in \[0, 1\].*\(2 more lines like that\)"):
+        read_rows(outside)
+    unknown = tmp_path / "unknown.csv"
+    unknown.write_text(head + "a,1,0,0,1,1,walk\na,1,0,0,1,1,fly\na,2,0,0,1,1,swim\n")
+    with pytest.raises(ValueError, match=r":3: label must be a class; it is `fly` \(1 more line like that\)"):
+        read_rows(unknown, classes=["walk"])
