@@ -32,7 +32,7 @@ class OddJobs:
         elif task.what == "raise":
             raise KeyError("a bug")
         elif task.what == "wait":
-            time.sleep(0.3)
+            time.sleep(2)
         return task.number, os.getpid()
 
 

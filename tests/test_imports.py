@@ -10,10 +10,10 @@ LONG = pytest.mark.long
 LIGHT = (
     "kernels",
     "videomae",
-    *(pytest.param(f"videomae.{x}", marks=LONG) for x in ("model", "masking", "classifier")),
+    *(pytest.param(f"videomae.{x}", marks=LONG) for x in ("model", "masking", "classifier", "detector", "metrics")),
 )
 # data and command-line packages: a machine that only computes need not have them
-HEAVY = ("decord", "av", "tyro", "PIL", "matplotlib", "tensorboard", "transformers")
+HEAVY = ("decord", "av", "tyro", "PIL", "matplotlib", "tensorboard", "transformers", "pandas")
 
 
 @pytest.mark.parametrize("module", LIGHT)
@@ -26,11 +26,13 @@ def test_imports_no_data_or_command_line_package(module):
     assert out.stderr == ""
 
 
-def test_imports_in_under_three_seconds():
-    code = "import time; begin = time.perf_counter(); import videomae; print(time.perf_counter() - begin)"
+def test_imports_in_less_time_than_pytorch():
+    code = "from time import perf_counter as t; a = t(); import torch; b = t(); import videomae; print(b - a, t() - b)"
 
-    def seconds():
-        return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    def adds_less():
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        torch, videomae = map(float, out.split())
+        return videomae < torch
 
-    # on a busy machine the second or third try may be
-    assert any(seconds() < 3 for _ in range(3))
+    # measured: a third; on a busy machine the second or third try may be
+    assert any(adds_less() for _ in range(3))

@@ -322,7 +322,9 @@ def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(tmp_path, layou
         kills += 1
         moments.add((len(list(out.glob("shard-*.jsonl"))), len(listing(out / ".work"))))
     assert job.returncode == 0
-    assert kills == len(moments) == most
+    assert kills == most
+    # not always at the same place
+    assert len(moments) >= 2
     assert contents(out) == truth
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import tarfile
+import time
 from pathlib import Path
 
 import av
@@ -354,7 +355,10 @@ def test_a_folder_of_videos_is_no_prepared_set(tmp_path, sources):
 
 @pytest.mark.long
 def test_the_index_of_kinetics_is_read_in_two_seconds(tmp_path):
-    import time
+    def timed(work):
+        begin = time.perf_counter()
+        result = work()
+        return time.perf_counter() - begin, result
 
     size, per_shard, videos = 400_384, 256, 250_000
     rows = (
@@ -374,10 +378,15 @@ def test_the_index_of_kinetics_is_read_in_two_seconds(tmp_path):
     facts = {"format": 1, "stride": 4, "phases": [0], "codec": "jpeg", "layout": "shards", "videos": videos}
     facts["shards"] = [{"name": name, "videos": per_shard, "size": per_shard * size + 1024} for name in names]
     Path(tmp_path / "dataset.json").write_text(json.dumps(facts))
-    start = time.perf_counter()
-    index = read_index(tmp_path)
-    # measured: 1.0 s
-    assert time.perf_counter() - start < 3
+
+    def parse():
+        with open(tmp_path / "index.jsonl") as lines:
+            return [json.loads(line) for line in lines]
+
+    parsing, _ = timed(parse)
+    seconds, index = timed(lambda: read_index(tmp_path))
+    # measured: 1.0 s, and parsing alone 0.6; a busy machine is slow at both
+    assert seconds < max(2, 4 * parsing)
     assert (len(index.paths), index.step, len(index.notes)) == (videos, 4, len(names))
 
 
