@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import conv3d, interpolate, logsigmoid
+from torch.nn.functional import conv3d, logsigmoid
 
 from tests.train.test_finetune_step import Said, Watched
 from tests.videomae.data.test_key_frame_reader import write
