@@ -39,7 +39,7 @@ def assert_same(first, second):
         assert torch.equal(value, second[name]), name
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=180):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

@@ -10,7 +10,7 @@ from kernels.launch import check
 from train.checkpoint import Checkpointing
 from train.engine import EngineName
 from train.log import Logging
-from train.optim import Optim
+from train.optim import FinetuneOptim, Optim
 from videomae.blocks import RECOMPUTE, Recompute
 from videomae.data import storage
 from videomae.data.decode import Decoder, ReaderName
@@ -119,3 +119,55 @@ class RunConfig:
     def clips_per_step(self) -> int:
         """Samples of a step: every video's views."""
         return self.batch_size * self.data.views_per_decode
+
+
+@dataclass(frozen=True)
+class TunedData(Data):
+    """Where labelled data is."""
+
+    val: str | None = None  # validation set, if it is not beside the training set; a path like that of --data
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.val != "", "data.val must not be empty")
+
+
+@dataclass(frozen=True)
+class TunedModel(Model):
+    """Which transformer is trained, with a head of its own."""
+
+    drop_path: float = 0.1  # of the last block; less in proportion in those before it
+    init_scale: float = 0.001  # of the head's first weights
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(0 <= self.drop_path < 1, f"model.drop-path must be in [0, 1); got {self.drop_path}")
+        check(0 <= self.init_scale <= 1e6, f"model.init-scale must be in [0, 1e6]; got {self.init_scale}")
+
+
+@dataclass(frozen=True)
+class TunedAugment:
+    """What training does to a clip's frames."""
+
+    flip: bool = True  # mirror half of the clips; never where classes tell left from right
+
+
+@dataclass(frozen=True)
+class TunedConfig(RunConfig):
+    """A training run that starts from weights, on labelled data."""
+
+    # pre-trained or fine-tuned: a run, checkpoint, file, Hugging Face folder or hub id, also of an image ViT where
+    # videos are classified; from scratch if not given
+    weights: str | None = None
+    # of another frame count or size than the weights': fresh, a table of their own; interpolate, the weights' resized
+    positions: Literal["fresh", "interpolate"] = "fresh"
+    validate_every: float = 1.0  # epochs; also at the end; 0: never
+    data: TunedData = field(default_factory=TunedData)
+    model: TunedModel = field(default_factory=TunedModel)
+    augment: TunedAugment = field(default_factory=TunedAugment)
+    optim: FinetuneOptim = field(default_factory=FinetuneOptim)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.validate_every >= 0, f"validate-every must not be negative; got {self.validate_every}")
+        check(self.weights != "", "weights must not be empty")

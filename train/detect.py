@@ -8,7 +8,6 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,26 +17,24 @@ from train.cli import parse
 from train.detect_evaluation import evaluate, find_set, said, source_of
 from train.detect_recipes import DETECT, DetectConfig
 from train.detection import Detections, NotFinite, inference_of, padded_boxes, score_boxes
-from train.inference import Reading, find_weights
+from train.inference import Reading
 from train.log import RunLog
 from train.loop import command
 from train.memory import Workload
 from train.objective import DetectObjective
 from train.optim import PRECISIONS
 from train.plan import detect_workload
-from train.run import Run, check_reader, warn_of, warn_of_flips
-from train.validated import ValidatedVerb
-from train.verb import counts_of_tokens, to_device
-from videomae.data import storage
+from train.run import Run
+from train.tuned import TunedVerb
+from train.verb import to_device
 from videomae.data.boxes import jittered
-from videomae.data.dataset import AUGMENT, BOXES, Sample, VideoList
+from videomae.data.dataset import AUGMENT, BOXES, Sample
 from videomae.data.feed import OnDevice
 from videomae.data.key_frame_reader import KeyFrameReader, boxes_in_view, training_view
 from videomae.data.key_frames import KeyFrames
 from videomae.detector import Detector, detector
 from videomae.keys import Draws, key
-from videomae.model import Input, size_of
-from videomae.weights import load_weights
+from videomae.model import Input
 
 PROG = "python -m train.detect"
 _ABOUT = "Train a detector of actions in given boxes; with no argument, on the demo's scenes. --evaluate tests one."
@@ -52,18 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return command(Detection, DETECT, arguments, prog=PROG, about=_ABOUT)
 
 
-class Detection(ValidatedVerb[DetectConfig]):
+class Detection(TunedVerb[DetectConfig, KeyFrames]):
     """One detection run."""
 
     name = "detect"
     unit = "key frames"
     measure = "val_map"
-
-    def __init__(self, config: DetectConfig) -> None:
-        super().__init__(config)
-        self._train: KeyFrames | None = None
-        self._val: KeyFrames | None = None
-        self._report: list[str] = []  # on where the weights came from
 
     @property
     def recipes(self) -> Mapping[str, Callable[[], DetectConfig]]:
@@ -73,49 +64,13 @@ class Detection(ValidatedVerb[DetectConfig]):
     def input(self) -> Input:
         return self.config.model.input
 
-    @property
-    def recompute(self) -> str:
-        return self.config.model.recompute
-
-    @property
-    def train_set(self) -> KeyFrames:
-        assert self._train is not None
-        return self._train
-
-    @property
-    def validate_every(self) -> float:
-        return self.config.validate_every if self._val is not None else 0
-
     # -- before the first step
 
-    def find_videos(self) -> VideoList:
-        data = self.config.data
-        source = source_of(self.config)
-        storage.configure(data.cache_of(source))
-        self._train = find_set(self.config, source, "train")
-        warn_of(self._train.videos)
-        check_reader(data, self._train.videos)
-        if self.config.validate_every:
-            self._val = self._find_val(source)
-        warn_of_flips(self._train.classes, self.config.augment.flip)
-        return self._train.videos
+    def source(self) -> str:
+        return source_of(self.config)
 
-    def _find_val(self, source: str) -> KeyFrames | None:
-        """The validation set; None, and a note, where there is none beside the training set."""
-        if self.config.data.val is not None:
-            found = find_set(self.config, self.config.data.val, "val", like=self.train_set)
-        else:
-            try:
-                found = find_set(self.config, source, "val", like=self.train_set)
-            except ValueError as error:
-                print(f"note: no validation, which --data.val may give: {error}", file=sys.stderr)
-                return None
-        warn_of(found.videos)
-        return found
-
-    def sequences(self) -> dict[str, tuple[int, int]]:
-        size = size_of(self.config.model.size)
-        return {"encoder": counts_of_tokens(self.input, size.width, size.heads)}
+    def find(self, source: str, split: str, like: KeyFrames | None = None) -> KeyFrames:
+        return find_set(self.config, source, split, like=like)
 
     def build(self) -> Detector:
         model = self.config.model
@@ -137,13 +92,6 @@ class Detection(ValidatedVerb[DetectConfig]):
             made.head.requires_grad_(True)
         return made
 
-    def initialize(self, model: nn.Module) -> None:
-        if self.config.weights is None:
-            self._report = ["from nothing: --weights W starts from pre-training"]
-            return
-        report = load_weights(model, find_weights(self.config.weights), positions=self.config.positions)
-        self._report = str(report).splitlines()
-
     def workload(self, num_parameters: int, precision: str, device_type: str) -> Workload:
         return detect_workload(self.config, num_parameters, precision, device_type)
 
@@ -164,24 +112,15 @@ class Detection(ValidatedVerb[DetectConfig]):
             decoder=config.data.decoder,
         )
 
-    def fingerprint(self, videos: VideoList) -> str:
-        return self.train_set.fingerprint
-
     def describe(self, run: Run) -> list[str]:
-        config, model = self.config, self.config.model
-        height, width = self.input.size
-        millions = sum(p.numel() for p in run.model.parameters()) / 1e6
+        config, (height, width) = self.config, self.input.size
         val = f"{len(self._val):,} key frames" if self._val else "none"
         flip = "half of the clips mirrored" if config.augment.flip else "no flip"
         return [
             f"boxes     {self.train_set.num_boxes:,}, {len(self.train_set.classes)} classes; validation {val}",
-            f"model     {model.size}: {millions:.1f} M parameters",
-            *(f"weights   {line.strip()}" for line in self._report),
-            f"clip      {model.frames} x {height} x {width}, {said(config.clip)}; {flip}",
+            *self.describe_model(run.model),
+            f"clip      {config.model.frames} x {height} x {width}, {said(config.clip)}; {flip}",
         ]
-
-    def facts(self) -> dict[str, Any]:
-        return {"classes": list(self.train_set.classes), "weights": self._report}
 
     # -- in the loop
 

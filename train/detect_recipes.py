@@ -12,7 +12,7 @@ import tyro
 
 from kernels.launch import check
 from train.checkpoint import Checkpointing
-from train.config import Data, Model, RunConfig
+from train.config import TunedAugment, TunedConfig, TunedData, TunedModel
 from train.log import Logging
 from train.optim import FinetuneOptim
 from videomae.blocks import Recompute
@@ -21,11 +21,10 @@ from videomae.frame_map import PROTOCOLS, Protocol
 
 
 @dataclass(frozen=True)
-class DetectData(Data):
+class DetectData(TunedData):
     """Where key frames, boxes and videos are: a folder of AVA's files, a csv (`path,second,x1,y1,x2,y2,label`), or a
     folder of train.csv and val.csv of that kind."""
 
-    val: str | None = None  # validation set, if it is not beside the training set; a path like that of --data
     # folder of AVA's movies: MOVIE.mp4, MOVIE/SECOND.mp4 or MOVIE/*.jpg; looked for beside its files if not given
     videos: str | None = None
     # boxes to be classified in a test: AVA's json, or a csv with scores; the annotated boxes if not given
@@ -40,30 +39,23 @@ class DetectData(Data):
         check(0 <= self.least_score <= 1, f"data.least-score must be in [0, 1]; got {self.least_score}")
         check(0 < self.frames_rate <= 1000, f"data.frames-rate must be in (0, 1000]; got {self.frames_rate}")
         check(-1e9 < self.starts_at < 1e9, f"data.starts-at must be finite; got {self.starts_at}")
-        for name in ("val", "videos", "boxes"):
+        for name in ("videos", "boxes"):
             check(getattr(self, name) != "", f"data.{name} must not be empty")
 
 
 @dataclass(frozen=True)
-class DetectModel(Model):
+class DetectModel(TunedModel):
     """Which model is trained, on crops of image-size; it is tested on whole frames."""
 
     drop_path: float = 0.2  # of the last block; less in proportion in those before it
-    init_scale: float = 0.001  # of the head's first weights
     aligned: bool = False  # RoIAlign's half-pixel offset, which the published models do without
     frozen: bool = False  # train the head alone
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(0 <= self.drop_path < 1, f"model.drop-path must be in [0, 1); got {self.drop_path}")
-        check(0 <= self.init_scale <= 1e6, f"model.init-scale must be in [0, 1e6]; got {self.init_scale}")
-
 
 @dataclass(frozen=True)
-class DetectAugment:
+class DetectAugment(TunedAugment):
     """What training does to a clip and its boxes (RECIPES H.3, H.4)."""
 
-    flip: bool = True  # mirror half of the clips; never where classes tell left from right
     colour: bool = True  # shift hue, saturation and value
     jitter: bool = True  # move every side of every box
     max_boxes: int = 100  # of a clip; those after them are left out
@@ -73,31 +65,24 @@ class DetectAugment:
 
 
 @dataclass(frozen=True)
-class DetectConfig(RunConfig):
+class DetectConfig(TunedConfig):
     """A detection run."""
 
-    # pre-trained or fine-tuned: a run, checkpoint, file, Hugging Face folder or hub id; from scratch if not given
-    weights: str | None = None
-    # of another frame count or size than the weights': fresh, a table of their own; interpolate, the weights' resized
-    positions: Literal["fresh", "interpolate"] = "fresh"
+    validate_every: float = 10.0  # epochs; also at the end; 0: never
     # no training: test --weights on the validation set, with tables and pictures in --out
     evaluate: bool = False
     pictures: int = 16  # key frames that a test draws
     unreadable: Literal["error", "missed"] = "error"  # of a test, key frames whose video cannot be read
     protocol: Protocol = "official"  # of frame mAP
     iou: float = 0.5  # overlap from which a box is found
-    validate_every: float = 10.0  # epochs; also at the end; 0: never
     sum_over: int = 1  # clips over which boxes' losses are added up, as on a published run's GPU; Adam does not see it
     data: DetectData = field(default_factory=DetectData)
     model: DetectModel = field(default_factory=DetectModel)
     clip: KeyFrameClip = field(default_factory=KeyFrameClip)
     augment: DetectAugment = field(default_factory=DetectAugment)
-    optim: FinetuneOptim = field(default_factory=FinetuneOptim)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.validate_every >= 0, f"validate-every must not be negative; got {self.validate_every}")
-        check(self.weights != "", "weights must not be empty")
         check(self.protocol in PROTOCOLS, f"protocol must be {' or '.join(PROTOCOLS)}; got {self.protocol!r}")
         check(0 < self.iou <= 1, f"iou must be in (0, 1]; got {self.iou}")
         check(self.sum_over >= 1, f"sum-over must be at least 1; got {self.sum_over}")

@@ -5,7 +5,6 @@ What fine-tuning adds to the loop of train/loop.py: labels, where the weights co
 """
 
 import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,26 +16,24 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kernels.launch import check
 from train.finetune_recipes import FINETUNE, FinetuneConfig
-from train.inference import find_weights
 from train.log import RunLog
 from train.loop import command
 from train.memory import Workload
 from train.objective import ClassifyObjective
 from train.optim import PRECISIONS
 from train.plan import finetune_workload
-from train.run import Run, check_reader, demo_list, warn_of, warn_of_flips
-from train.validated import ValidatedVerb
+from train.run import Run, demo_list
+from train.tuned import TunedVerb
 from train.validation import validate
-from train.verb import counts_of_tokens, to_device
+from train.verb import to_device
 from videomae.classifier import Classifier, classifier
-from videomae.data import storage
 from videomae.data.dataset import VideoList
 from videomae.data.feed import OnDevice
 from videomae.data.labelled import LabelledVideos, find_labelled
 from videomae.data.mix import cut, draw_erasing, draw_mix, erase, normalize
 from videomae.data.readers import LabelledClipReader, ViewReader
 from videomae.keys import key
-from videomae.model import Input, size_of
+from videomae.model import Input
 from videomae.weights import load_weights
 
 _EMA = "ema.safetensors"
@@ -48,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return command(Finetuning, FINETUNE, arguments, prog="python -m train.finetune", about=about)
 
 
-class Finetuning(ValidatedVerb[FinetuneConfig]):
+class Finetuning(TunedVerb[FinetuneConfig, LabelledVideos]):
     """One fine-tuning run."""
 
     name = "finetune"
@@ -57,10 +54,7 @@ class Finetuning(ValidatedVerb[FinetuneConfig]):
     def __init__(self, config: FinetuneConfig) -> None:
         super().__init__(config)
         self.together = config.mix.group_of(config.data.views_per_decode) if config.mix.mixes else 1
-        self._train: LabelledVideos | None = None
-        self._val: LabelledVideos | None = None
         self._labels = torch.empty(0, dtype=torch.int64)
-        self._report: list[str] = []  # on where the weights came from
         self._average: AveragedModel | None = None
 
     @property
@@ -71,56 +65,28 @@ class Finetuning(ValidatedVerb[FinetuneConfig]):
     def input(self) -> Input:
         return replace(self.config.model.input, sampling=self.config.sampling)
 
-    @property
-    def recompute(self) -> str:
-        return self.config.model.recompute
-
-    @property
-    def train_set(self) -> LabelledVideos:
-        assert self._train is not None
-        return self._train
-
     # -- before the first step
 
-    def find_videos(self) -> VideoList:
+    def source(self) -> str:
         data, is_demo = self.config.data, self.config.data.path is None
         check(not is_demo or self.config.recipe == "demo", f"recipe {self.config.recipe} needs --data: labelled videos")
-        source = str(demo_list().parent) if data.path is None else data.path
-        storage.configure(data.cache_of(source))
-        self._train = find_labelled(source, "train")
-        warn_of(self._train.videos)
-        check_reader(data, self._train.videos)
-        self._check_step(self._train.videos, source)
-        if self.config.validate_every:
-            self._val = self._find_val(source)
-        self._labels = torch.tensor(self._train.labels)
-        warn_of_flips(self._train.classes, self.config.augment.flip)
-        return self._train.videos
+        return str(demo_list().parent) if data.path is None else data.path
 
-    def _check_step(self, videos: VideoList, source: str) -> None:
+    def find(self, source: str, split: str, like: LabelledVideos | None = None) -> LabelledVideos:
+        return find_labelled(source, split, like=like)
+
+    def check_set(self, found: LabelledVideos, source: str) -> None:
+        step = found.videos.step
         check(
-            videos.step == 1 or self.config.data.allow_nearest,
-            f"{source} holds frames 0, {videos.step}, {2 * videos.step}, ... only, and fine-tuning takes others: "
+            step == 1 or self.config.data.allow_nearest,
+            f"{source} holds frames 0, {step}, {2 * step}, ... only, and fine-tuning takes others: "
             "prepare it with all phases, or give --allow-nearest, which is noted with every result",
         )
 
-    def _find_val(self, source: str) -> LabelledVideos | None:
-        """The validation set; None, and a note, where there is none beside the training set."""
-        if self.config.data.val is not None:
-            found = find_labelled(self.config.data.val, "val", like=self.train_set)
-        else:
-            try:
-                found = find_labelled(source, "val", like=self.train_set)
-            except ValueError as error:
-                print(f"note: no validation, which --data.val may give: {error}", file=sys.stderr)
-                return None
-        warn_of(found.videos)
-        self._check_step(found.videos, self.config.data.val or source)
-        return found
-
-    def sequences(self) -> dict[str, tuple[int, int]]:
-        size = size_of(self.config.model.size)
-        return {"encoder": counts_of_tokens(self.input, size.width, size.heads)}
+    def find_videos(self) -> VideoList:
+        videos = super().find_videos()
+        self._labels = torch.tensor(self.train_set.labels)
+        return videos
 
     def build(self) -> Classifier:
         model = self.config.model
@@ -137,13 +103,6 @@ class Finetuning(ValidatedVerb[FinetuneConfig]):
         made.input, made.classes = self.input, self.train_set.classes
         made.blocks.recompute = model.recompute
         return made
-
-    def initialize(self, model: nn.Module) -> None:
-        if self.config.weights is None:
-            self._report = ["from nothing: --weights W starts from pre-training"]
-            return
-        report = load_weights(model, find_weights(self.config.weights), positions=self.config.positions)
-        self._report = str(report).splitlines()
 
     def workload(self, num_parameters: int, precision: str, device_type: str) -> Workload:
         return finetune_workload(self.config, num_parameters, precision, device_type)
@@ -168,13 +127,8 @@ class Finetuning(ValidatedVerb[FinetuneConfig]):
             decoder=config.data.decoder,
         )
 
-    def fingerprint(self, videos: VideoList) -> str:
-        return self.train_set.fingerprint
-
     def describe(self, run: Run) -> list[str]:
-        config, model = self.config, self.config.model
-        height, width = self.input.size
-        millions = sum(p.numel() for p in run.model.parameters()) / 1e6
+        config, (height, width) = self.config, self.input.size
         sampling = (
             f"stride {config.sampling.stride}" if config.sampling.kind == "dense" else "one of each part of the video"
         )
@@ -182,13 +136,9 @@ class Finetuning(ValidatedVerb[FinetuneConfig]):
         flip = "half of the clips mirrored" if config.augment.flip else "no flip"
         return [
             f"classes   {len(self.train_set.classes)}; validation {val}",
-            f"model     {model.size}: {millions:.1f} M parameters",
-            *(f"weights   {line.strip()}" for line in self._report),
-            f"clip      {model.frames} x {height} x {width}, {sampling}; {flip}",
+            *self.describe_model(run.model),
+            f"clip      {config.model.frames} x {height} x {width}, {sampling}; {flip}",
         ]
-
-    def facts(self) -> dict[str, Any]:
-        return {"classes": list(self.train_set.classes), "weights": self._report}
 
     # -- in the loop
 
@@ -217,10 +167,6 @@ class Finetuning(ValidatedVerb[FinetuneConfig]):
     def after_update(self, run: Run, done: int) -> None:
         if self._average is not None:
             self._average.update_parameters(run.model)
-
-    @property
-    def validate_every(self) -> float:
-        return self.config.validate_every if self._val is not None else 0
 
     def validate(self, run: Run, log: RunLog, done: int) -> dict[str, float]:
         assert self._val is not None

@@ -7,13 +7,13 @@ videos per step; the learning rate is 256ths of that, by the linear rule, and ig
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from kernels.launch import check
 from train.checkpoint import Checkpointing
-from train.config import Data, Model, RunConfig
+from train.config import TunedAugment, TunedConfig, TunedData, TunedModel
 from train.log import Logging
 from train.optim import FinetuneOptim
 from videomae.blocks import Recompute
@@ -23,39 +23,33 @@ from videomae.data.sampling import Sampling
 
 
 @dataclass(frozen=True)
-class FinetuneData(Data):
+class FinetuneData(TunedData):
     """Where labelled clips come from: a list (`path label`), a folder of train.csv, val.csv and test.csv, a folder with
     one folder for each class, or a prepared set."""
 
-    val: str | None = None  # validation set, if it is not beside the training set; a path like that of --data
     # read the nearest frame that a prepared set holds in place of one that it does not; noted with every result
     allow_nearest: Annotated[bool, tyro.conf.arg(aliases=["--allow-nearest"])] = False
 
 
 @dataclass(frozen=True)
-class FinetuneModel(Model):
+class FinetuneModel(TunedModel):
     """Which model is trained; its clips are square."""
 
-    drop_path: float = 0.1  # of the last block; less in proportion in those before it
     head_dropout: float = 0.0  # on the pooled feature
-    init_scale: float = 0.001  # of the head's first weights
 
     def __post_init__(self) -> None:
         super().__post_init__()
         height, width = self.input.size
         check(height == width, f"model.image-size must be that of a square; got {height} x {width}")
-        check(0 <= self.drop_path < 1, f"model.drop-path must be in [0, 1); got {self.drop_path}")
         check(0 <= self.head_dropout < 1, f"model.head-dropout must be in [0, 1); got {self.head_dropout}")
-        check(0 <= self.init_scale <= 1e6, f"model.init-scale must be in [0, 1e6]; got {self.init_scale}")
 
 
 @dataclass(frozen=True)
-class FinetuneAugment:
+class FinetuneAugment(TunedAugment):
     """What fine-tuning does to a clip's frames after RandAugment: random resized crop, and a flip."""
 
     area: tuple[float, float] = (0.08, 1.0)  # of the crop, as a share of the frame
     aspect: tuple[float, float] = (3 / 4, 4 / 3)  # of the crop, width by height
-    flip: bool = True  # mirror half of the clips; never where classes tell left from right
 
     def __post_init__(self) -> None:
         check(0 < self.area[0] <= self.area[1] <= 1, f"augment.area must rise within (0, 1]; got {self.area}")
@@ -63,17 +57,11 @@ class FinetuneAugment:
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(RunConfig):
+class FinetuneConfig(TunedConfig):
     """A fine-tuning run."""
 
-    # pre-trained: a run, checkpoint, file, Hugging Face folder or hub id, also of an image ViT; from scratch if not
-    # given
-    weights: str | None = None
-    # of another frame count or size than the weights': fresh, a table of their own; interpolate, the weights' resized
-    positions: Literal["fresh", "interpolate"] = "fresh"
     smoothing: float = 0.1  # of labels
     ema: float | None = None  # decay of an average of the weights, validated and saved beside them
-    validate_every: float = 1.0  # epochs; also at the end; 0: never
     data: FinetuneData = field(default_factory=FinetuneData)
     model: FinetuneModel = field(default_factory=FinetuneModel)
     sampling: Sampling = field(default_factory=Sampling)
@@ -81,14 +69,11 @@ class FinetuneConfig(RunConfig):
     augment: FinetuneAugment = field(default_factory=FinetuneAugment)
     erasing: Erasing = field(default_factory=Erasing)
     mix: Mixing = field(default_factory=Mixing)
-    optim: FinetuneOptim = field(default_factory=FinetuneOptim)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(0 <= self.smoothing < 1, f"smoothing must be in [0, 1); got {self.smoothing}")
         check(self.ema is None or 0 < self.ema < 1, f"ema must be in (0, 1); got {self.ema}")
-        check(self.validate_every >= 0, f"validate-every must not be negative; got {self.validate_every}")
-        check(self.weights != "", "weights must not be empty")
         check(
             not (self.augment.flip and self.recipe.startswith("ssv2")),
             "Something-Something's classes tell left from right: no flip with an ssv2 recipe",
