@@ -191,10 +191,14 @@ def verb(scenes):
 def test_boxes_are_moved_only_by_what_is_asked_for(verb):
     still = Detection(replace(verb.config, augment=replace(verb.config.augment, jitter=False, max_boxes=1)))
     still._train = verb.train_set
+    both = Detection(replace(verb.config, augment=replace(verb.config.augment, jitter=False)))
+    both._train = verb.train_set
     for index in range(4):
         sample = Sample(0, index, 0)
         moved, plain = verb._boxes(sample), still._boxes(sample)
         assert (len(moved), len(plain)) == (2, 1)
+        # the first, as its labels are
+        assert np.array_equal(plain, both._boxes(sample)[:1])
         assert not np.allclose(moved[0], plain[0])
         # at most a fifth of its width, or a pixel; both within the crop
         assert np.abs(moved[0] - plain[0]).max() <= max(0.2 * 40, 1)

@@ -1,5 +1,7 @@
 """The detection loss: every class of every box by itself, the same for any micro-batch and any filling up."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
@@ -45,6 +47,19 @@ def test_on_a_gpu_of_that_many_clips_it_is_the_published_one(model):
     labels = given["labels"][given["valid"]].double()
     published = binary_cross_entropy_with_logits(logits, labels) * len(logits)
     assert DetectObjective(model, sum_over=3)(**given).item() == pytest.approx(published.item(), rel=1e-6)
+
+
+def test_half_precision_ends_before_the_loss(model):
+    given = {**batch(), "frames": batch()["frames"].float(), "boxes": batch()["boxes"].float()}
+    narrow = copy.deepcopy(model).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = narrow(given["frames"], given["boxes"])
+    assert logits.dtype == torch.bfloat16
+    logits, labels = logits[given["valid"]].float(), given["labels"][given["valid"]].float()
+    wanted = binary_cross_entropy_with_logits(logits, labels) * len(logits) / 3
+    loss = DetectObjective(narrow, autocast=torch.bfloat16)(**given)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
 
 
 def test_micro_batches_add_up_to_the_batch(model):

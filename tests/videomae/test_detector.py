@@ -203,6 +203,13 @@ def test_every_weight_has_a_gradient_that_is_its_own():
         assert math.isclose(weight.grad[i], (sides[0] - sides[1]) / 2e-6, rel_tol=1e-5, abs_tol=1e-7)
 
 
+def test_of_equal_bins_one_alone_has_the_gradient():
+    features = torch.ones(1, 14, 14, 8, requires_grad=True)
+    detector().classify(features, torch.tensor([[[0.0, 0.0, 223.0, 223.0]]])).sum().backward()
+    # a bin of 2 x 2 samples lies between 3 x 3 features at most
+    assert 0 < (features.grad[..., 0] != 0).sum() <= 9
+
+
 def test_a_box_changes_nothing_for_another():
     model, frames = detector(), clips(40, 57)
     wanted = model(frames, BOXES)

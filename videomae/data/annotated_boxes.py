@@ -54,6 +54,9 @@ def read_annotated(
     else:
         found = _of_list(path, split, names)
     _check_labels(found)
+    # of rows with scores, as detections have, only this looks for empty ones
+    rows = found.rows
+    check_boxes(found.file, rows.names, rows.video, rows.second, rows.box)
     return found
 
 
@@ -61,12 +64,18 @@ def _of_ava(files: AvaFiles, names: tuple[str, ...] | None, exclude: bool) -> An
     own, evaluated = ava_classes(files.classes)
     if names is not None and names != own:
         here = f"{files.rows.parent} has {len(own)} classes, {own[0]}, ..."
-        check(len(names) == len(own) and not files.classes, f"{here}; the training set has {len(names)} others")
+        check(_may_be(names, own), f"{here}; the training set has {len(names)} others")
         own = names
     excluded = read_excluded(files.excluded) if exclude and files.excluded is not None else ()
     rows = read_rows(files.rows, score=False)
     ids = tuple(range(1, len(own) + 1))
     return Annotated(files.rows, files.home, rows, own, ids, evaluated, excluded, files, ())
+
+
+def _may_be(names: tuple[str, ...], own: tuple[str, ...]) -> bool:
+    """Whether these are AVA's classes, of which either side may lack names."""
+    unnamed = ava_classes(())[0]
+    return len(names) == len(own) and all(a == b or c in (a, b) for a, b, c in zip(names, own, unnamed, strict=True))
 
 
 def _of_list(path: Path, split: str, names: tuple[str, ...] | None) -> Annotated:

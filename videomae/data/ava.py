@@ -114,7 +114,8 @@ class Images(NamedTuple):
         if self.moments:
             return self.moments.get(image)
         movie, second = divmod(image, _SECONDS)
-        return (self.movies[movie], float(second), None) if 0 <= movie < len(self.movies) else None
+        known = 0 <= movie < len(self.movies) and self.movies[movie] != ""
+        return (self.movies[movie], float(second), None) if known else None
 
 
 def read_images(files: AvaFiles) -> Images:
@@ -134,7 +135,8 @@ def read_images(files: AvaFiles) -> Images:
     wanted = "ava_val_v2.2_min.json or ava_file_names_trainval_v2.1.txt"
     check(files.movies is not None, f"boxes by image_id need {wanted} in {files.rows.parent}, to say which those are")
     assert files.movies is not None
-    return Images({}, tuple(line.split(".")[0].strip() for line in _text(files.movies).splitlines() if line.strip()))
+    # an empty line has a number too
+    return Images({}, tuple(line.split(".")[0].strip() for line in _text(files.movies).splitlines()))
 
 
 class Detected(NamedTuple):

@@ -81,7 +81,7 @@ class KeyFrames:
         return self.table.box[self._rows(index)]
 
     def scores_of(self, index: int) -> np.ndarray:
-        """float32 [n], how sure it is that there is something in each box; 1 where it is annotated."""
+        """float32 [n], how sure it is that there is something in each box; 1 where it is annotated without a score."""
         return self.table.score[self._rows(index)]
 
     def size_of(self, index: int) -> tuple[int, int]:
@@ -158,6 +158,7 @@ def find_key_frames(
     rows = _inside(rows, movies, annotated, allow_missing, notes)
     check(len(rows.video) > 0, f"no key frame of {annotated.file} is left")
     if file is not None:
+        notes += _without_sizes(rows, file)
         rows = _in_fractions(rows, movies, file)
         notes += _without_boxes(rows, annotated, score_at_least)
     paths, names, seconds, sizes, table = _assembled(rows, movies, len(annotated.classes))
@@ -312,6 +313,12 @@ def _outside(name: str, second: float, movies: Mapping[str, Movie]) -> str:
     start, end = movie.seconds
     to = "" if end is None else f" to {end:g}"
     return f"{name} at {second:g} (it has {start:g}{to}, see --data.starts-at)"
+
+
+def _without_sizes(rows: _Rows, file: Path) -> list[str]:
+    """A note where nobody says how large the frames were in which boxes were detected."""
+    taken = f"{file.name}: boxes are taken as pixels of the videos as they are here"
+    return [] if (rows.size > 0).all() else [f"{taken}, as no _min.json beside the annotations has other sizes"]
 
 
 def _in_fractions(rows: _Rows, movies: Mapping[str, Movie], file: Path) -> _Rows:

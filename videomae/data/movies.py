@@ -42,7 +42,7 @@ def find_movies(home: Path, videos: str | Path | None, names: Iterable[str]) -> 
     """Paths by name of the movies that are found, and where they were looked for.
 
     videos: the folder of the movies; None: `PLACES` in home, or beside it where it is called annotations. NAME.mp4, or
-    another suffix of a video, comes before the folder NAME.
+    another suffix of a video, comes before the folder NAME; of several, the first in alphabetical order.
     """
     if videos is not None:
         root = Path(videos).expanduser()
@@ -54,7 +54,7 @@ def find_movies(home: Path, videos: str | Path | None, names: Iterable[str]) -> 
     places = [place.resolve() for place in places if place.is_dir()]
     wanted, found = set(names), dict[str, str]()
     for place in places:
-        for entry in os.scandir(place):
+        for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
             stem, suffix = os.path.splitext(entry.name)
             if suffix.lower() in SUFFIXES and stem in wanted and _is_better(found.get(stem), place, is_file=True):
                 found[stem] = entry.path

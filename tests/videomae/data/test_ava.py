@@ -111,6 +111,10 @@ def test_image_ids_are_lines_of_the_list_of_movies_and_seconds(tmp_path):
     assert images.find(2 * 10_000 + 1798) == ("-5KQ66BBWC4", 1798.0, None)
     assert images.find(30_902) is None
     assert images.find(-1) is None
+    # an empty line counts too
+    write(files.movies, "first.mkv\n\nthird.mkv\n")
+    assert read_images(files).find(2 * 10_000 + 902) == ("third", 902.0, None)
+    assert read_images(files).find(10_902) is None
 
 
 def test_image_ids_are_those_of_the_json_of_images_where_it_is(tmp_path):

@@ -111,12 +111,14 @@ def at_rate(seconds, offsets, times):
 
 @pytest.mark.parametrize("name", ["25.mp4", "25.avi"])
 def test_clips_of_the_published_rate_have_the_published_frames(films, name):
-    found = key_frames(films, (name, 2), (name, 0.4), (name, 4.6))
+    found = key_frames(films, (name, 2), (name, 0.4), (name, 4.6), (name, 1.16))
     assert numbers_in(read_clip(found, index=found.seconds.tolist().index(2))) == [50 + o for o in PUBLISHED]
     # at the ends, both sides are as long as the shorter one
     assert by_hand(10, 115) == [-10] * 6 + [-7, -3, 1, 5] + [9] * 6
     assert numbers_in(read_clip(found, index=0)) == [10 + o for o in by_hand(10, 115)]
-    assert numbers_in(read_clip(found, index=2)) == [115 + o for o in by_hand(115, 10)]
+    assert numbers_in(read_clip(found, index=3)) == [115 + o for o in by_hand(115, 10)]
+    # 1.16 * 25 is a little less than 29 as a binary number
+    assert numbers_in(read_clip(found, index=1)) == [29 + o for o in by_hand(29, 96)]
 
 
 @pytest.mark.parametrize("rate", [24, 30])

@@ -186,10 +186,36 @@ def test_a_test_takes_detected_boxes_of_the_least_score(ava):
     assert found.annotated(index) is None
     assert found.boxes_from == "of boxes.json, with a score of at least 0.8"
     assert len(found.ground_truth) == 8
-    assert found.notes == (
-        "2 of 3 annotated key frames have no box with a score of at least 0.8: they count as missed",
-    )
+    sizes, missed = found.notes
+    assert sizes.startswith("boxes.json: boxes are taken as pixels of the videos as they are here, as no _min.json")
+    assert missed == "2 of 3 annotated key frames have no box with a score of at least 0.8: they count as missed"
     assert len(find_key_frames(ava, "val", boxes=ava / "boxes.json", score_at_least=0.5, starts_at=902)) == 3
+
+
+def test_detected_boxes_of_excluded_moments_are_left_out(ava):
+    write(detections(ava) / "ava_val_excluded_timestamps_v2.2.csv", f"{SECOND},0903")
+    found = find_key_frames(ava, "val", boxes=ava / "boxes.json", starts_at=902)
+    assert (found.names, found.seconds.tolist(), found.num_boxes) == ((FIRST,), [902.0], 2)
+    assert found.excluded == ((SECOND, 903.0),)
+
+
+def test_detected_boxes_are_pixels_of_their_own_movie(ava):
+    detections(ava)
+    write_video(ava / "videos" / f"{SECOND}.mp4", moving_frames(50, height=32, width=40), preset="ultrafast")
+    found = find_key_frames(ava, "val", boxes=ava / "boxes.json", starts_at=902)
+    np.testing.assert_allclose(found.boxes_of(found.names.index(SECOND))[0], [0, 0, 0.16, 0.15], atol=1e-6)
+    np.testing.assert_allclose(found.boxes_of(found.names.index(FIRST))[0], [0.25, 0.25, 0.75, 0.75], atol=1e-6)
+
+
+def test_classes_without_a_name_may_have_one_elsewhere(ava):
+    unnamed = find_key_frames(ava, starts_at=902).classes
+    item = 'item {\n  name: "bend"\n  id: 1\n}\n'
+    (ava / "ava_action_list.pbtxt").write_text(item)
+    assert find_key_frames(ava, starts_at=902, classes=unnamed).classes == unnamed
+    whole = ("bend", *(f"name {n}" for n in range(2, 81)))
+    assert find_key_frames(ava, starts_at=902, classes=whole).classes == whole
+    for other in (("bow", *whole[1:]), whole[:79]):
+        refused("has 80 classes, bend, ...", ava, starts_at=902, classes=other)
 
 
 def test_detected_boxes_are_of_the_frames_that_the_json_of_images_tells(ava):
@@ -247,6 +273,12 @@ def test_refuses_detected_boxes_that_are_not_in_the_frame_with_their_number(tmp_
 def test_refuses_annotated_boxes_that_are_not_in_the_frame(tmp_path, video):
     refused("train.csv:2", own(tmp_path, video, "a.mp4,1,0.1,0.2,1.01,0.6,run"))
     refused("train.csv:3", own(tmp_path, video, f"a.mp4,1,{BOX},run", "a.mp4,1,0.5,0.2,0.5,0.6,run"))
+    # what rounding does is clipped
+    found = find_key_frames(own(tmp_path, video, "a.mp4,1,-0.0009,0.2,1.0009,0.6,run"))
+    np.testing.assert_allclose(found.boxes_of(0), [[0, 0.2, 1, 0.6]], rtol=1e-6)
+    # with scores too, which detections have
+    file = write(tmp_path / "train.csv", f"{HEADER},score", f"a.mp4,1,{BOX},run,1", "a.mp4,1,0.5,0.2,0.1,0.6,run,1")
+    refused("train.csv: 1 of 2 boxes are empty: a.mp4 second 1 (0.5, 0.2, 0.1, 0.6)", file)
 
 
 def test_refuses_unknown_classes_with_their_number(ava, tmp_path, video):

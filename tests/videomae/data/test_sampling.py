@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from videomae.data.sampling import Sampling, num_starts, pretrain_frames, pretrain_start
+from videomae.data.sampling import KeyFrameClip, Sampling, num_starts, pretrain_frames, pretrain_start
 from videomae.keys import Draws
 
 
@@ -52,6 +52,26 @@ def test_starts_are_drawn_among_the_frames_that_are_stored():
     assert pretrain_start(50, 16, 4, Draws(1), 4) == 0
     with pytest.raises(ValueError, match="only frames 0, 4, 8, ... are stored"):
         pretrain_start(300, 16, 2, Draws(1), 4)
+
+
+def test_the_clip_around_a_key_frame_is_as_published():
+    published = [-31, -27, -23, -19, -15, -11, -7, -3, 1, 5, 9, 13, 17, 21, 25, 29]
+    for before, after in ((50, 50), (32, 32), (1000, 33)):
+        assert KeyFrameClip().offsets(before, after, 16) == published
+    # a side that is shorter than 32 cuts the other, and ends repeat
+    assert KeyFrameClip().offsets(25, 50, 16) == [-25, -25, *published[2:14], 24, 24]
+    assert KeyFrameClip().offsets(50, 3, 16) == [-3] * 8 + [1] + [2] * 7
+    assert KeyFrameClip().offsets(0, 9, 16) == [0] * 16
+    # (40 - 15) // 2 + 1 is the 13th of the 40
+    assert KeyFrameClip(stride=3).offsets(20, 20, 5) == [-7, -4, -1, 2, 5]
+    with pytest.raises(ValueError, match="must be in its video; got 3 frames before, 0 after"):
+        KeyFrameClip().offsets(3, 0, 16)
+
+
+def test_clips_around_key_frames_refuse_what_cannot_be():
+    for change in ({"stride": 0}, {"rate": 0.0}, {"rate": 1001.0}, {"short_side": 0}):
+        with pytest.raises(ValueError, match=f"clip.{next(iter(change)).replace('_', '-')} must be"):
+            KeyFrameClip(**change)
 
 
 DENSE, UNIFORM = Sampling(), Sampling("uniform")
