@@ -50,6 +50,18 @@ def test_its_python_runs():
     assert scope["loss"].ndim == 0
 
 
+def test_its_measure_of_boxes_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = next(part for part in README.split("```python")[1:] if "frame_map" in part).split("```")[0]
+    box = "video,0902,0.1,0.1,0.5,0.9,12"
+    (tmp_path / "ava_val_v2.2.csv").write_text(f"{box},0\n")
+    (tmp_path / "detections.csv").write_text(f"{box},0.5\n")
+    *lines, last = code.strip().splitlines()
+    scope: dict = {}
+    exec("\n".join(lines), scope)
+    assert eval(last, scope) == 1
+
+
 def test_it_shows_a_picture_and_real_output():
     assert (ROOT / "docs" / "demo.png").stat().st_size > 10_000
     assert not re.search(r"\b[A-Z]+_(OUTPUT|RESULT)\b", README)

@@ -1,6 +1,8 @@
 """Pictures of key frames: boxes, and beside them what the model says of each and what was annotated."""
 
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +12,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 # of the boxes, in turn; told apart on most pictures, and by those who tell red from green badly
 _COLOURS = ("#ffb000", "#00b4d8", "#ff5d8f", "#8ac926", "#c77dff", "#ff7b00", "#2ec4b6", "#ffffff")
-_LEAST, _GAP, _FONT = 448, 6, 14
+_LEAST, _GAP, _FONT = 448, 6, 13
 
 
 class Boxed(NamedTuple):
@@ -25,7 +27,7 @@ class Boxed(NamedTuple):
 def draw_boxes(image: np.ndarray, boxed: Sequence[Boxed], title: str) -> Image.Image:
     """The key frame, uint8 [h, w, 3], with numbered boxes, and below it a line or two for each. A small one is
     enlarged."""
-    font = ImageFont.load_default(_FONT)
+    font, _ = _font()
     scale = max(_LEAST / max(image.shape[:2]), 1.0)
     size = round(image.shape[1] * scale), round(image.shape[0] * scale)
     frame = Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.BICUBIC)
@@ -51,8 +53,14 @@ def _draw_box(pen: ImageDraw.ImageDraw, number: int, one: Boxed, top: int, size:
     label = _shortened(label, size[0] - 4, font)
     width = pen.textlength(label, font=font) + 4
     # inside the picture, also for a box at its edge
-    left, upper = min(x1, size[0] - width), max(top + y1 - _FONT - 4, top)
-    pen.rectangle((left, upper, left + width, upper + _FONT + 4), fill=colour)
+    height = _FONT + 4
+    upper = y1 - height
+    if upper < 0:
+        # over a box that is large enough; else below it, where there is room
+        is_flat = y2 - y1 < 2 * height and y2 + height <= size[1]
+        upper = y2 if is_flat else 0
+    left, upper = min(x1, size[0] - width), top + upper
+    pen.rectangle((left, upper, left + width, upper + height), fill=colour)
     pen.text((left + 2, upper + 1), label, fill="black", font=font)
 
 
@@ -66,10 +74,21 @@ def _lines(number: int, one: Boxed, width: int, font: Font) -> list[tuple[str, s
     return lines
 
 
+@cache
+def _font() -> tuple[ImageFont.FreeTypeFont, frozenset[int]]:
+    """What matplotlib brings, as the imaging library's own has no letters but English ones; and the codes that it
+    has."""
+    from matplotlib import get_data_path
+    from matplotlib.ft2font import FT2Font
+
+    path = Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return ImageFont.truetype(path, _FONT), frozenset(FT2Font(str(path)).get_charmap())
+
+
 def _shortened(text: str, width: int, font: Font) -> str:
     """With an ellipsis where it is wider than the picture."""
-    # the font that comes with the library has no other letters
-    text = text.encode("latin-1", "replace").decode("latin-1")
+    _, letters = _font()
+    text = "".join(letter if ord(letter) in letters else "?" for letter in text)
     while text and font.getlength(text) > width - 2 * _GAP:
         text = text[:-4] + "..." if len(text) > 4 else ""
     return text

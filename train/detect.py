@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from train.cli import parse
-from train.detect_evaluation import evaluate, find_set, said, source_of
+from train.detect_evaluation import evaluate, find_set, flags_of_test, said, source_of
 from train.detect_recipes import DETECT, DetectConfig
 from train.detection import Detections, NotFinite, inference_of, padded_boxes, score_boxes
 from train.inference import Reading
@@ -28,7 +28,7 @@ from train.run import Run
 from train.tuned import TunedVerb
 from train.verb import to_device
 from videomae.data.boxes import jittered
-from videomae.data.dataset import AUGMENT, BOXES, Sample
+from videomae.data.dataset import AUGMENT, BOXES, NoSplit, Sample, VideoList
 from videomae.data.feed import OnDevice
 from videomae.data.key_frame_reader import KeyFrameReader, boxes_in_view, training_view
 from videomae.data.key_frames import KeyFrames
@@ -70,7 +70,17 @@ class Detection(TunedVerb[DetectConfig, KeyFrames]):
         return source_of(self.config)
 
     def find(self, source: str, split: str, like: KeyFrames | None = None) -> KeyFrames:
+        # a list is every split that it is asked for
+        if like is not None and Path(source).expanduser().is_file() and _is_same(source, self.source()):
+            raise NoSplit(f"{source} is one list, which is trained on")
         return find_set(self.config, source, split, like=like)
+
+    def find_videos(self) -> VideoList:
+        videos = super().find_videos()
+        most = self.config.augment.max_boxes
+        if left_out := np.maximum(np.diff(self.train_set.table.first) - most, 0).sum():
+            print(f"note: {left_out:,} boxes are left out: --augment.max-boxes {most}", file=sys.stderr)
+        return videos
 
     def build(self) -> Detector:
         model = self.config.model
@@ -191,11 +201,13 @@ class Detection(TunedVerb[DetectConfig, KeyFrames]):
             last, best = found
             best_text = f"(best {best['val_map']:.2f}, step {best['step']})"
             lines.append(f"validation      mAP@{self.config.iou:g} {last['val_map']:.2f} {best_text}")
-        config = self.config
-        words = ["python", "-m", "train.detect", config.recipe, "--evaluate", "--weights", str(run.out)]
-        if config.data.path is not None:
-            words += ["--data", config.data.val or config.data.path]
+        words = ["python", "-m", "train.detect", self.config.recipe, "--evaluate", "--weights", str(run.out)]
+        words += [*self.to_test(), *flags_of_test(self.config)]
         return [*lines, f"evaluate        {shlex.join(words)}"]
+
+
+def _is_same(source: str, other: str) -> bool:
+    return Path(source).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import csv
 import json
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,17 @@ from videomae.weight_files import write_atomically
 _SHOWN = 3  # classes of a box in a picture
 _LEAST_SHOWN = 0.05  # of their scores
 _WORST = 5  # classes on the terminal
+# what a test looks at: these sections, but for a field, and these
+_SECTIONS, _UNUSED = ("data.", "clip.", "loader."), "data.views_per_decode"
+_FIELDS = (
+    *("recipe", "evaluate", "weights", "out", "workers", "micro_batch", "device", "precision", "attention"),
+    *("pictures", "unreadable", "protocol", "iou"),
+)
+# those of them that say what is tested, not where and how
+_ASKED = (
+    *("data.videos", "data.boxes", "data.least_score", "data.starts_at", "data.frames_rate", "data.allow_missing"),
+    *("protocol", "iou"),
+)
 
 
 @dataclass
@@ -79,6 +91,40 @@ def find_set(
     )
 
 
+def _changed(config: DetectConfig) -> dict[str, Any]:
+    """What is not as in the recipe, by flag."""
+    recipe = flat(DETECT[config.recipe]())
+    return {key: value for key, value in flat(config).items() if value != recipe[key]}
+
+
+def flags_of_test(config: DetectConfig) -> list[str]:
+    """Those of a training run that its test needs as well."""
+    found = {_flag(key): value for key, value in _changed(config).items() if key in _ASKED}
+    texts = {flag: str(value).lower() if isinstance(value, bool) else str(value) for flag, value in found.items()}
+    return [word for flag, text in texts.items() for word in (flag, text)]
+
+
+def _flag(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
+
+
+def _check_flags(config: DetectConfig) -> None:
+    """ValueError for flags that say nothing to a test."""
+    read = (*_FIELDS, *(key for key in flat(config) if key.startswith(_SECTIONS) and key != _UNUSED))
+    unread = [_flag(key) for key in _changed(config) if key not in read]
+    check(not unread, f"a test takes the model as it is, and does not train: leave out {', '.join(unread)}")
+
+
+def make_writable(out: Path) -> None:
+    """Make the folder and write in it, before the work and not after it. ValueError where that fails."""
+    check(not out.exists() or out.is_dir(), f"{out} is a file; --out is a folder for the results")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise ValueError(f"cannot write in --out {out}: {error.strerror}") from error
+
+
 def said(clip: KeyFrameClip) -> str:
     """In words."""
     rate = "" if clip.rate is None else f" at {clip.rate:g} frames a second"
@@ -101,7 +147,7 @@ def evaluate(config: DetectConfig, prog: str) -> int:
             test = _prepare(config)
         _say_plan(test)
         begin = time.monotonic()
-        with stop_signals() as stop:
+        with stop_signals("these key frames; once more to stop at once") as stop:
             found, lost = _score(test, stop)
         if stop:
             print(f"{prog}: stopped, without a result", file=sys.stderr)
@@ -120,6 +166,7 @@ def evaluate(config: DetectConfig, prog: str) -> int:
 
 def _prepare(config: DetectConfig) -> _Test:
     """Everything that can be refused, before the first clip is read."""
+    _check_flags(config)
     weights = config.weights
     if weights is None and config.recipe == "demo" and Path("runs/detect-demo").exists():
         weights = "runs/detect-demo"
@@ -129,18 +176,19 @@ def _prepare(config: DetectConfig) -> _Test:
     model, messages = read_detector(weights)
     for message in messages:
         print(f"note: {message}", file=sys.stderr)
-    clip = _clip_of(config, model)
+    clip = clip_of(model, config.clip, DETECT[config.recipe]().clip)
     source = config.data.val or source_of(config)
     storage.configure(config.data.cache_of(source))
     key_frames = find_set(config, source, "val", model=model)
     warn_of(key_frames.videos)
+    # of detected boxes a note says so already
+    if config.data.boxes is None and (missing := _missing(key_frames)):
+        print(f"warning: boxes of {missing:,} annotated key frames count as missed", file=sys.stderr)
     check_reader(config.data, key_frames.videos)
     check(
         len(key_frames.classes) == model.head.out_features,
         f"{source} has {len(key_frames.classes)} classes, the detector {model.head.out_features}",
     )
-    out = Path(config.out or f"runs/evaluate-{name_of(weights)}")
-    check(not out.exists() or out.is_dir(), f"{out} is a file; --out is a folder for the results")
     reader = KeyFrameReader.for_test(key_frames, clip, model.input.frames, decoder=config.data.decoder)
     inference = inference_of(
         *(model, key_frames, clip.short_side),
@@ -149,18 +197,30 @@ def _prepare(config: DetectConfig) -> _Test:
         attention=config.attention,
         micro_batch=config.micro_batch,
     )
+    out = Path(config.out or f"runs/evaluate-{name_of(weights)}")
+    make_writable(out)
     return _Test(config, out, weights, model, clip, key_frames, reader, inference)
 
 
-def _clip_of(config: DetectConfig, model: Detector) -> KeyFrameClip:
-    """As the weights were trained, unless flags say otherwise."""
-    stated, asked = model.key_clip, config.clip
-    if stated is None or asked == stated:
+def clip_of(model: Detector, asked: KeyFrameClip, usual: KeyFrameClip) -> KeyFrameClip:
+    """As the weights were trained, unless what is asked for is not the usual; says what may be wrong."""
+    stated = model.key_clip
+    if stated is None:
+        taken = f"as {model.input.frames} frames, {said(asked)}"
+        print(f"note: the weights do not say how clips were taken in training: {taken} here", file=sys.stderr)
         return asked
-    if asked == DETECT[config.recipe]().clip:
+    if asked in (stated, usual):
         return stated
     print(f"note: clips were {said(stated)} in training and are {said(asked)} here", file=sys.stderr)
     return asked
+
+
+def _missing(key_frames: KeyFrames) -> int:
+    """Annotated key frames that are not to be tested, for want of a video or of boxes."""
+    rows = key_frames.ground_truth
+    annotated = {(rows.names[video], second) for video, second in zip(rows.video, rows.second.tolist(), strict=True)}
+    there = set(zip(key_frames.names, key_frames.seconds.tolist(), strict=True))
+    return len(annotated - there - set(key_frames.excluded))
 
 
 def _say_plan(test: _Test) -> None:
@@ -205,7 +265,6 @@ def _refuse_unreadable(prog: str, lost: list[Skip], total: int) -> int:
 
 def _report(test: _Test, found: Detections, lost: list[Skip], seconds: float) -> None:
     config, out = test.config, test.out
-    out.mkdir(parents=True, exist_ok=True)
     write_rows(out / "detections.csv", found.rows())
     measured = found.measure(iou=config.iou, protocol=config.protocol)
     _write_table(test, measured, out / "per_class.csv")
@@ -245,6 +304,7 @@ def _card(test: _Test) -> dict[str, Any]:
         "weights": weights_hash(test.model),
         "precision": test.inference.precision,
         "unreadable": test.config.unreadable,
+        "missing": _missing(frames),
     }
 
 

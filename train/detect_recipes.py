@@ -22,9 +22,11 @@ from videomae.frame_map import PROTOCOLS, Protocol
 
 @dataclass(frozen=True)
 class DetectData(TunedData):
-    """Where key frames, boxes and videos are: a folder of AVA's files, a csv (`path,second,x1,y1,x2,y2,label`), or a
-    folder of train.csv and val.csv of that kind."""
+    """Where key frames, boxes and videos are."""
 
+    # folder of AVA's files, csv of boxes (`path,second,x1,y1,x2,y2,label`), or folder of train.csv and val.csv of that
+    # kind; the demo renders its own
+    path: Annotated[str | None, tyro.conf.arg(aliases=["--data"])] = None
     # folder of AVA's movies: MOVIE.mp4, MOVIE/SECOND.mp4 or MOVIE/*.jpg; looked for beside its files if not given
     videos: str | None = None
     # boxes to be classified in a test: AVA's json, or a csv with scores; the annotated boxes if not given
@@ -32,7 +34,9 @@ class DetectData(TunedData):
     least_score: float = 0.8  # of those boxes
     starts_at: float = 0.0  # the second that a movie's file, or folder of frames, begins at; 900 for the usual cuts
     frames_rate: float = 30.0  # of folders of frames
-    allow_missing: bool = False  # leave out movies without a file
+    # leave out videos that are not there or cannot be read, and seconds that they do not have; in a test their boxes
+    # count as missed
+    allow_missing: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -210,15 +210,13 @@ class Finetuning(TunedVerb[FinetuneConfig, LabelledVideos]):
 
     def _test_command(self, out: Path, checkpoint: Path) -> str:
         """What tests the weights that were validated, on videos that they were not trained on."""
-        config, data = self.config, self.config.data
+        config = self.config
         # the demo's protocol has the demo's stride
         as_demo = config.recipe == "demo" and config.sampling == FINETUNE["demo"]().sampling
         words = ["demo"] if as_demo else []
         words += ["--weights", str(out if self._average is None else checkpoint / _EMA)]
-        if data.path is not None:
-            beside = self._val is not None or (not config.validate_every and Path(data.path).expanduser().is_dir())
-            words += ["--data", data.val or (data.path if beside else "TEST")]
-        words += ["--allow-nearest"] if data.allow_nearest else []
+        words += self.to_test()
+        words += ["--allow-nearest"] if config.data.allow_nearest else []
         return shlex.join(["python", "-m", "train.evaluate", *words])
 
 

@@ -125,7 +125,8 @@ def draw_curves(run: Path, out: Path) -> None:
         for name in names:
             points = [(line["step"], line[name]) for line in evaluated if name in line]
             axes.plot(*zip(*points, strict=True), marker=".", label=_ACCURACIES[name])
-        axes.set(xlabel="step", ylabel="accuracy, %", ylim=(0, 102))
+        what = "mean average precision" if names == ["val_map"] else "accuracy"
+        axes.set(xlabel="step", ylabel=f"{what}, %", ylim=(0, 102))
         axes.grid(alpha=0.3)
         axes.legend()
         grid[1, 2].axis("off")

@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show_any_name()
     try:
         with user_errors(PROG):
+            _check(options)
             check((options.weights is None) != (options.detector is None), "give --weights, or --detector and --boxes")
             if options.detector is not None:
                 return predict_boxes(_find(options.videos)[0], options, PROG)
@@ -82,10 +83,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _prepare(options: argparse.Namespace) -> _Prepared:
-    """Raises ValueError for what the user can mend; videos are looked at later."""
+def _check(options: argparse.Namespace) -> None:
     check(options.top >= 1, f"--top must be at least 1; got {options.top}")
     check(options.workers is None or options.workers >= 0, f"--workers must not be negative; got {options.workers}")
+    if options.detector is not None:
+        of_views = {"--views": options.views, "--sampling.kind": options.kind, "--sampling.stride": options.stride}
+        given = [flag for flag, value in of_views.items() if value is not None]
+        given += ["--average"] if options.average != "prob" else []
+        given += ["--allow-nearest"] if options.allow_nearest else []
+        check(not given, f"a detector sees whole frames around each key frame: leave out {', '.join(given)}")
+
+
+def _prepare(options: argparse.Namespace) -> _Prepared:
+    """Raises ValueError for what the user can mend; videos are looked at later."""
     if options.views is not None:
         parse_views(options.views)
     asked = AskedSampling(options.kind, options.stride)

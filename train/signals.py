@@ -7,16 +7,16 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
+def stop_signals(after: str = "this step; once more to stop at once, without saving") -> Iterator[list[int]]:
     """A list that SIGTERM or Ctrl-C appends its number to; the loop ends after the step at hand. A second one ends it
-    at once."""
+    at once. after: what the loop does then, in words."""
     received: list[int] = []
 
     def note(number: int, _: object) -> None:
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        print("\nstopping after this step; once more to stop at once, without saving", file=sys.stderr)
+        print(f"\nstopping after {after}", file=sys.stderr)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

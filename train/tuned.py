@@ -16,7 +16,7 @@ from train.log import RunLog
 from train.run import Run, check_reader, warn_of, warn_of_flips
 from train.verb import Verb, counts_of_tokens
 from videomae.data import storage
-from videomae.data.dataset import VideoList
+from videomae.data.dataset import NoSplit, VideoList
 from videomae.model import size_of
 from videomae.weights import load_weights
 
@@ -71,7 +71,8 @@ class TunedVerb(Verb[C], Generic[C, S]):
 
     @abstractmethod
     def find(self, source: str, split: str, like: S | None = None) -> S:
-        """The data of a split, classes numbered as those of like. Raises ValueError."""
+        """The data of a split, classes numbered as those of like, the training set. Raises ValueError; NoSplit when
+        there is none, or none but the training set."""
 
     def check_set(self, found: S, source: str) -> None:
         """ValueError when the recipe cannot use it."""
@@ -93,7 +94,7 @@ class TunedVerb(Verb[C], Generic[C, S]):
         given = self.config.data.val
         try:
             found = self.find(given or source, "val", like=self.train_set)
-        except ValueError as error:
+        except NoSplit as error:
             if given is not None:
                 raise
             print(f"note: no validation, which --data.val may give: {error}", file=sys.stderr)
@@ -126,6 +127,14 @@ class TunedVerb(Verb[C], Generic[C, S]):
 
     def facts(self) -> dict[str, Any]:
         return {"classes": list(self.train_set.classes), "weights": self._report}
+
+    def to_test(self) -> list[str]:
+        """Flags of the command that tests the weights: the data that was validated on, or a place for some."""
+        data = self.config.data
+        if data.path is None:
+            return []
+        beside = self._val is not None or (not self.config.validate_every and Path(data.path).expanduser().is_dir())
+        return ["--data", data.val or (data.path if beside else "TEST")]
 
     # -- in the loop
 

@@ -124,7 +124,7 @@ def save_hugging_face(model: nn.Module, folder: str | Path) -> None:
     a detector, which it does not have.
     """
     kind, encoder = _parts(model)
-    check(kind != "detector", "transformers has no VideoMAE that detects: save_weights or save_official write one")
+    check(kind != "detector", "transformers has no VideoMAE that detects: --to official, save_official or save_weights")
     _check_positions(encoder.input)
     folder = Path(folder)
     check(not folder.is_file(), f"the Hugging Face format is a folder; {folder} is a file")
@@ -381,20 +381,27 @@ def _sampling_in(stated: Stated) -> str:
     return f"{stated.sampling.kind}, stride {stated.sampling.stride}" if stated.sampling else "not stated"
 
 
+def _newest_of(source: str) -> str:
+    """Of a run folder its newest checkpoint, anything else as it is."""
+    steps = [path for path in Path(source).glob("checkpoints/step_*") if path.name[5:].isdigit()]
+    return str(max(steps, key=lambda path: int(path.name[5:]), default=source))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; 0, or 2 and one line on stderr when the input is bad."""
     parser = argparse.ArgumentParser("videomae.weights", description="Convert weights, or say what they are.")
-    parser.add_argument("source", metavar="IN", help="a file, a folder or a Hugging Face hub id")
+    parser.add_argument("source", metavar="IN", help="a file, a folder, also of a run, or a Hugging Face hub id")
     parser.add_argument("target", metavar="OUT", nargs="?", help="for hf a folder, for official a .pth file")
     parser.add_argument("--to", choices=("hf", "official"), help="the format of OUT; without both, IN is described")
     options = parser.parse_args(arguments)
     if (options.target is None) != (options.to is None):
         parser.error("OUT and --to go together")
     try:
+        source = _newest_of(options.source)
         if options.to is None:
-            print(describe(options.source))
+            print(describe(source))
             return 0
-        model, report = model_from(options.source)
+        model, report = model_from(source)
         save = save_hugging_face if options.to == "hf" else save_official
         save(model, options.target)
     except (ValueError, OSError, RuntimeError) as error:

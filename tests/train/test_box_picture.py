@@ -42,6 +42,22 @@ def test_boxes_at_the_edges_and_long_names_stay_in_the_picture(box):
         assert sheet.width == 448
 
 
+@pytest.mark.parametrize(("box", "hides"), [((0.3, 0, 0.7, 0.04), False), ((0.3, 0, 0.7, 0.9), True)])
+def test_the_label_lies_beside_a_flat_box_at_the_upper_edge_and_in_a_large_one(box, hides):
+    frame, scale = frame_of(draw_boxes(GREY, [Boxed(np.array(box), [("walk", 0.9)])], "t"), GREY)
+    # the upper line of the box, the label's colour otherwise; and what is between it and the lower one
+    inside = frame[2 : round(60 * scale * 0.04) - 2, round(27 * scale) : round(45 * scale)]
+    assert bool((inside != 90).any()) == hides
+
+
+def test_letters_that_the_font_has_are_drawn_and_others_asked_for():
+    sheets = [draw_boxes(GREY, [], title) for title in ("\u00e9t\u00e9", "\u767bt\u767b", "?t?")]
+    pixels = [np.asarray(sheet).tolist() for sheet in sheets]
+    assert pixels[1] == pixels[2] != pixels[0]
+    accent = [np.asarray(draw_boxes(GREY, [], title))[:20] for title in ("\u0159", "\u0161")]
+    assert not np.array_equal(*accent)
+
+
 def test_a_large_frame_is_not_enlarged():
     image = np.zeros((500, 900, 3), np.uint8)
     assert draw_boxes(image, [], "movie").width == 900

@@ -11,7 +11,9 @@ import torch
 
 from tests.runs import assert_same, metrics, weights
 from tests.train.classifiers import tiny_classifier
+from train.cli import parse
 from train.detect import Detection, main
+from train.detect_evaluation import clip_of, flags_of_test
 from train.detect_recipes import DETECT
 from train.predict import main as predict
 from videomae.data.box_rows import read_rows
@@ -22,6 +24,7 @@ from videomae.data.key_frames import find_key_frames
 from videomae.data.sampling import KeyFrameClip
 from videomae.detector import Detector
 from videomae.metrics import frame_map
+from videomae.weights import main as weights_command
 from videomae.weights import model_from, save_weights
 
 FAST = "--model.size vit_tiny --model.frames 4 --model.image-size 32 --clip.short-side 40 --batch-size 4"
@@ -60,11 +63,23 @@ def opinionated(scenes, tmp_path_factory):
 
 
 def _detector(path, scenes):
-    config = DETECT["demo"]()
-    model = replace(config.model, size="vit_tiny", frames=4, image_size=32)
-    verb = Detection(replace(config, model=model, clip=CLIP, data=replace(config.data, path=str(scenes))))
+    verb = verb_of(scenes)
     verb.find_videos()
     save_weights(verb.build(), path)
+    return path
+
+
+def verb_of(path, **flags):
+    """Its run would be of a tiny model on that data; data.val and the like as they are called."""
+    config = DETECT["demo"]()
+    model = replace(config.model, size="vit_tiny", frames=4, image_size=32)
+    return Detection(replace(config, model=model, clip=CLIP, data=replace(config.data, path=str(path), **flags)))
+
+
+def list_of(scenes, split, path):
+    """The list of a split and the classes' names, wherever these lie."""
+    shutil.copy(scenes / "classes.txt", path.parent)
+    path.write_text((scenes / f"{split}.csv").read_text().replace(f"{split}/", f"{scenes}/{split}/"))
     return path
 
 
@@ -181,9 +196,7 @@ def test_a_video_that_cannot_be_read_is_an_error_or_missed(scenes, opinionated, 
 
 @pytest.fixture(scope="module")
 def verb(scenes):
-    config = DETECT["demo"]()
-    model = replace(config.model, size="vit_tiny", frames=4, image_size=32)
-    made = Detection(replace(config, model=model, clip=CLIP, data=replace(config.data, path=str(scenes))))
+    made = verb_of(scenes)
     made.find_videos()
     return made
 
@@ -208,10 +221,79 @@ def test_boxes_are_moved_only_by_what_is_asked_for(verb):
         assert not np.array_equal(moved, verb._boxes(Sample(1, index, 0)))
 
 
+def test_one_list_is_not_its_own_validation_set(scenes, tmp_path, capsys):
+    own, other = list_of(scenes, "train", tmp_path / "own.csv"), list_of(scenes, "test", tmp_path / "other.csv")
+    alone, both = verb_of(own), verb_of(own, val=str(other))
+    for made in (alone, both):
+        made.find_videos()
+    assert (alone._val, len(both._val)) == (None, 5)
+    assert capsys.readouterr().err.count("note: no validation, which --data.val may give: ") == 1
+    assert (alone.to_test(), both.to_test()) == (["--data", "TEST"], ["--data", str(other)])
+    with pytest.raises(ValueError, match="is one list, which is trained on"):
+        verb_of(own, val=str(own)).find_videos()
+
+
+def test_a_validation_set_is_absent_or_right(scenes, tmp_path, capsys):
+    list_of(scenes, "train", tmp_path / "train.csv")
+    made = verb_of(tmp_path)
+    made.find_videos()
+    assert made._val is None
+    assert "no boxes of val" in capsys.readouterr().err
+    (tmp_path / "val.csv").write_text("path;second;x1\n")
+    with pytest.raises(ValueError, match=r"val\.csv"):
+        verb_of(tmp_path).find_videos()
+    with pytest.raises(ValueError, match=r"nope\.csv"):
+        verb_of(scenes, boxes=str(tmp_path / "nope.csv")).find_videos()
+
+
+def test_boxes_over_the_most_are_noted(scenes, capsys):
+    made = verb_of(scenes)
+    made.find_videos()
+    assert "left out" not in capsys.readouterr().err
+    made = Detection(replace(made.config, augment=replace(made.config.augment, max_boxes=1)))
+    made.find_videos()
+    assert "note: 10 boxes are left out: --augment.max-boxes 1" in capsys.readouterr().err
+
+
+def test_the_command_that_a_run_ends_with_tests_the_same(scenes):
+    config = verb_of(scenes, starts_at=0.25, allow_missing=True, boxes="b.csv", cache_gb=1.0).config
+    flags = flags_of_test(replace(config, iou=0.4, seed=3))
+    wanted = "--data.boxes b.csv --data.starts-at 0.25 --data.allow-missing true --iou 0.4"
+    assert flags == wanted.split()
+    again = parse(["demo", *flags], DETECT, "demo", prog="p", about="")
+    assert (again.iou, again.data) == (0.4, replace(config.data, path=None, cache_gb=again.data.cache_gb))
+
+
+def test_a_test_counts_what_is_missing(scenes, opinionated, tmp_path, capsys):
+    copied = tmp_path / "set"
+    shutil.copytree(scenes, copied)
+    (copied / "test" / "test_00002.mp4").unlink()
+    flags = ["demo", "--evaluate", "--weights", str(opinionated), "--data", str(copied), "--workers", "0"]
+    assert main([*flags, "--pictures", "0", "--out", str(tmp_path / "out"), "--data.allow-missing"]) == 0
+    assert "boxes of 1 annotated key frames count as missed" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["protocol"]["missing"] == 1
+
+
+def test_says_that_weights_do_not_say_their_clip(opinionated, tmp_path, capsys):
+    assert weights_command([str(opinionated), str(tmp_path / "w.pth"), "--to", "official"]) == 0
+    stated, unstated = model_from(opinionated)[0], model_from(tmp_path / "w.pth")[0]
+    capsys.readouterr()
+    usual = KeyFrameClip()
+    assert (clip_of(stated, usual, usual), capsys.readouterr().err) == (CLIP, "")
+    assert clip_of(unstated, CLIP, usual) == CLIP
+    assert "note: the weights do not say how clips were taken in training: as 16 frames" in capsys.readouterr().err
+
+
+def test_the_weights_command_takes_a_run(done, capsys):
+    assert weights_command([str(done)]) == 0
+    assert "step_6" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
         (["ava-base"], "needs --data"),
+        (["demo", "--evaluate", "--steps", "3", "--model.frames", "4"], "leave out --steps, --model.frames"),
         (["demo", "--evaluate", "--weights", "no/such"], "no/such"),
         (["demo", "--boxes", ""], "boxes must not be empty"),
         (["demo", "--model.image-size", "64"], "do not fit"),
@@ -239,6 +321,54 @@ def test_refuses_what_is_no_detector_and_other_classes(scenes, opinionated, tmp_
     assert "flies" in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(scenes, opinionated, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "boxes.csv").write_text("second,x1,y1,x2,y2\n0.1,0,0,1,1\n")
+    out, video = str(tmp_path / "file" / "out"), str(scenes / "test" / "test_00000.mp4")
+    with pytest.raises(SystemExit):
+        main(["demo", "--evaluate", "--weights", str(opinionated), "--data", str(scenes), "--out", out])
+    assert f"cannot write in --out {out}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        predict([video, "--detector", str(opinionated), "--boxes", str(tmp_path / "boxes.csv"), "--out", out])
+    assert f"cannot write in --out {out}" in capsys.readouterr().err
+
+
+def test_predictions_read_what_they_can_and_count_the_rest(scenes, opinionated, tmp_path, capsys):
+    shutil.copy(scenes / "test" / "test_00000.mp4", tmp_path / "a.mp4")
+    (tmp_path / "b.mp4").write_bytes(b"no video")
+    rows = ["", " Second ,y1,x1,x2,Y2,path,colour"]
+    # two moments that look the same
+    rows += [f"{second},0,0.25,0.75,1,{name}.mp4,red" for second in ("0.10000001", "0.1") for name in "abc"]
+    (tmp_path / "boxes.csv").write_text("\n".join(rows))
+    flags = ["--detector", str(opinionated), "--boxes", str(tmp_path / "boxes.csv"), "--out", str(tmp_path / "out")]
+    assert predict([str(tmp_path / "a.mp4"), str(tmp_path / "b.mp4"), *flags, "--json"]) == 1
+    printed = capsys.readouterr()
+    said = [json.loads(line) for line in printed.out.splitlines()]
+    assert [one["second"] for one in said] == [0.1, 0.10000001]
+    assert [one["boxes"][0]["box"] for one in said] == [[0.25, 0, 0.75, 1]] * 2
+    assert len({one["picture"] for one in said}) == len(list((tmp_path / "out").glob("*.png"))) == 2
+    scores = [score for one in said for _, score in one["boxes"][0]["top"]]
+    assert scores == [round(score, 6) for score in scores]
+    for note in ("b.mp4: ", "not read: colour", "2 of 6 boxes are of videos that were not given"):
+        assert note in printed.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--top", "0"], "--top must be at least 1"),
+        (["--views", "2x3"], "leave out --views"),
+        (["--boxes", "/nope.csv"], "cannot read --boxes /nope.csv: No such file"),
+        (["--boxes", "/"], "cannot read --boxes /: Is a directory"),
+    ],
+)
+def test_predictions_of_boxes_refuse_wrong_use(scenes, opinionated, flags, says, capsys):
+    with pytest.raises(SystemExit) as end:
+        predict([str(scenes / "test" / "test_00000.mp4"), "--detector", str(opinionated), *flags])
+    assert end.value.code == 2
+    assert says in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -247,7 +377,11 @@ def test_refuses_what_is_no_detector_and_other_classes(scenes, opinionated, tmp_
         ("second,x1,y1,x2,y2\n0.5,0,0,90,50\n", "fractions of the frame"),
         ("second,x1,y1,x2,y2\n0.5,0.5,0,0.5,1\n", "empty"),
         ("second,x1,y1,x2,y2\n0.5,0.5,0,nan,1\n", "x2 must be a number"),
-        ("second,x1,y1,x2,y2\n77,0,0,1,1\n", "no second 77"),
+        ("second,x1,y1,x2,y2\n0.5,1,0,1.0005,1\n", "empty"),
+        ("second,x1,y1,x2,y2\n0.5,0,0,1\n", "boxes.csv:2 should have 5 columns"),
+        ("second,x1,y1,x2,y2,score\n0.5,0,0,1,1,95\n", "boxes.csv:2: score must be in [0, 1]"),
+        ("\nsecond,x1,y1,x2,y2\n0,0,0,1,1\n77,0,0,1,1\n", "boxes.csv:4: "),
+        ("second,x1,y1,x2,y2\n77,0,0,1,1\n", "no second 77; it has 0 to "),
         ("path,second,x1,y1,x2,y2\nother.mp4,0.5,0,0,1,1\n", "has no boxes"),
     ],
 )

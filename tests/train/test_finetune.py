@@ -299,6 +299,18 @@ def test_warns_of_mirrored_sides(tmp_path, capsys):
     assert "tell left from right (turn-right, turn_left)" in capsys.readouterr().err
 
 
+def test_a_validation_set_is_absent_or_right(classes, tmp_path, capsys):
+    (tmp_path / "train.csv").write_text("".join(f"{path} 0\n" for path in classes.glob("train/*/*.mp4")))
+    config = FINETUNE["demo"]()
+    made = Finetuning(dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(tmp_path))))
+    made.find_videos()
+    assert made._val is None
+    assert "note: no validation, which --data.val may give: no val.csv in" in capsys.readouterr().err
+    (tmp_path / "val.csv").write_text(f"{next(classes.glob('val/*/*.mp4'))} 7\n")
+    with pytest.raises(ValueError, match="label 7"):
+        made.find_videos()
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

@@ -1,11 +1,14 @@
 """Reconstruction pictures: what was seen, what was predicted, and what nobody predicted."""
 
+import json
+
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import ImageChops
 
 from kernels.pixel_loss import pixel_target
-from train.picture import draw_reconstruction, reconstruct
+from train.picture import draw_curves, draw_reconstruction, reconstruct
 from videomae import masking
 from videomae.clip import to_cubes
 from videomae.model import Input
@@ -57,3 +60,13 @@ def test_says_what_the_grey_is(normalized):
     # in the labels, beside the predictions: below the originals and the masked
     assert right < 190
     assert top >= 24 + 2 * 68
+
+
+@pytest.mark.parametrize(("measure", "says"), [("val_map", "mean average precision, %"), ("val_top1", "accuracy, %")])
+def test_the_curves_axis_says_what_is_measured(measure, says, tmp_path, monkeypatch):
+    (tmp_path / "evaluations.jsonl").write_text(json.dumps({"step": 1, measure: 50.0}) + "\n")
+    drawn = []
+    # the picture itself is not looked at
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    draw_curves(tmp_path, tmp_path / "curves.png")
+    assert says in [axes.get_ylabel() for axes in drawn[0].axes]

@@ -10,13 +10,16 @@ import numpy as np
 from kernels.launch import check
 from videomae.data import storage
 from videomae.data.ava import AvaFiles, Detected, ava_classes, find_ava, read_detected, read_excluded, read_images
-from videomae.data.box_rows import BoxRows, read_rows
+from videomae.data.box_rows import BoxRows, csv_lines, names_columns, read_rows
+from videomae.data.dataset import NoSplit
 from videomae.data.labelled import CLASSES, read_classes
 
 # the lists that serve as a split, best first: many data sets have one of val and test
 _SERVES = {"train": ("train",), "val": ("val", "test"), "test": ("test", "val")}
 _TOLERANCE = 1e-3  # of the frame: what a box may lie outside of it, as files round
 _NAMED = 5  # of many, in a message
+_MOST_CLASSES = 1 << 20  # that numbers may make: one that is no class's, as 2147483647, would fill the memory
+_OF_A_BOX = ("video", "second", "x1", "y1", "x2", "y2", "score")
 
 
 class Annotated(NamedTuple):
@@ -64,7 +67,7 @@ def _of_ava(files: AvaFiles, names: tuple[str, ...] | None, exclude: bool) -> An
     own, evaluated = ava_classes(files.classes)
     if names is not None and names != own:
         here = f"{files.rows.parent} has {len(own)} classes, {own[0]}, ..."
-        check(_may_be(names, own), f"{here}; the training set has {len(names)} others")
+        check(_may_be(names, own), f"{here}; the training set or the weights have {len(names)} others")
         own = names
     excluded = read_excluded(files.excluded) if exclude and files.excluded is not None else ()
     rows = read_rows(files.rows, score=False)
@@ -82,25 +85,39 @@ def _of_list(path: Path, split: str, names: tuple[str, ...] | None) -> Annotated
     file, notes = _list_of(path, split)
     own = read_classes(beside) if (beside := file.parent / CLASSES).is_file() else None
     if own is not None and names is not None and own != names:
-        raise ValueError(f"{beside} names other classes than the training set: {some(own)}; there {some(names)}")
+        raise ValueError(
+            f"{beside} names other classes than the training set or the weights: {some(own)}; there {some(names)}"
+        )
     rows = read_rows(file, classes=own or names)
     known = own or names or rows.classes
     if known is None:
-        known = tuple(map(str, range(int(rows.label.max()) + 1)))
+        known, more = _numbered(file, rows)
+        notes += more
     ids = tuple(range(len(known)))
     return Annotated(file, file.parent.resolve(), rows, known, ids, ids, (), None, notes)
+
+
+def _numbered(file: Path, rows: BoxRows) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The classes of a list that has only their numbers, and what is to be noted of them."""
+    count, used = int(rows.label.max()) + 1, len(np.unique(rows.label))
+    remedy = f"number them from 0 on, or name them in {file.parent / CLASSES}"
+    check(count <= _MOST_CLASSES, f"{file}: a label is {count - 1}, which would make {count:,} classes: {remedy}")
+    note = f"{file}: {count:,} classes, {used:,} of them with boxes: {remedy}"
+    return tuple(map(str, range(count))), (note,) if 2 * used < count else ()
 
 
 def _list_of(path: Path, split: str) -> tuple[Path, tuple[str, ...]]:
     """The csv of a split, and what is to be noted of it."""
     if path.is_file():
-        given = split == "train" or path.stem != "train"
-        check(given, f"{path} is the training list; give its folder if that has {split}.csv, or the list of {split}")
+        if split != "train" and path.stem == "train":
+            raise NoSplit(
+                f"{path} is the training list; give its folder if that has {split}.csv, or the list of {split}"
+            )
         return path, ()
     for name in _SERVES.get(split, (split,)):
         if (file := path / f"{name}.csv").is_file():
             return file, () if name == split else (f"no {split} boxes in {path}: those of {name} serve",)
-    raise ValueError(f"no boxes of {split} in {path}: neither {split}.csv nor ava_{split}_v2.2.csv is there")
+    raise NoSplit(f"no boxes of {split} in {path}: neither {split}.csv nor ava_{split}_v2.2.csv is there")
 
 
 def read_boxes(path: str | Path, annotated: Annotated, least: float) -> Detected:
@@ -118,39 +135,57 @@ def read_boxes(path: str | Path, annotated: Annotated, least: float) -> Detected
 
 
 def _from_csv(path: Path, least: float) -> Detected:
-    """`video,second,x1,y1,x2,y2`, anything, and the score at last, a line; a first line that names columns may name the
-    score elsewhere. Corners are fractions."""
+    """`video,second,x1,y1,x2,y2`, anything, and the score at last, a line; or in any order, with what else there is,
+    where a first line names the columns. Corners are fractions."""
     try:
-        lines = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
+        lines = list(csv_lines(1, path.read_text(encoding="utf-8-sig").encode()))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is no list of boxes: {error}") from error
-    place, start = -1, 0
-    if lines and "x1" in lines[0]:
-        check("score" in lines[0], f"{path}: its first line names no score; it is `{','.join(lines[0])[:80]}`")
-        place, start = lines[0].index("score"), 1
-    videos, numbers = [], []
-    for number, row in enumerate(lines[start:], start + 1):
-        if not row:
-            continue
-        try:
-            score = float(row[place])
-            check(len(row) >= 7 and np.isfinite(score), "")
-            if score >= least:
-                videos.append(row[0].strip())
-                numbers.append((*map(float, row[1:6]), score))
-        except (ValueError, IndexError) as error:
-            shown = ",".join(row)[:80]
-            wanted = "video,second,x1,y1,x2,y2,...,score"
-            raise ValueError(f"{path}:{number} should be `{wanted}`; it is `{shown}`") from error
-    table = np.array(numbers, dtype=np.float64).reshape(-1, 6)
-    return Detected(videos, table[:, 0], table[:, 1:5], np.ones((len(table), 2), dtype=np.int64), table[:, 5])
+    places = [*range(len(_OF_A_BOX) - 1), -1]
+    if lines and names_columns(lines[0][1]):
+        number, first = lines.pop(0)
+        places = _places(f"{path}:{number}", first)
+    found = [_detected(f"{path}:{number}", fields, places) for number, fields in lines]
+    kept = [(row, *one) for row, one in enumerate(found) if one[-1] >= least]
+    table = np.array([(row, *numbers) for row, _, *numbers in kept], dtype=np.float64).reshape(-1, 7)
+    sizes, rows = np.ones((len(kept), 2), dtype=np.int64), table[:, 0].astype(np.int64)
+    return Detected([video for _, video, *_ in kept], table[:, 1], table[:, 2:6], sizes, table[:, 6], rows)
+
+
+def _places(where: str, first: list[str]) -> list[int]:
+    """Where the columns of a box are, by their names."""
+    names = [{"path": "video"}.get(name := text.strip().lower(), name) for text in first]
+    wanted = ",".join(("path", *_OF_A_BOX[1:]))
+    right = all(names.count(name) == 1 for name in _OF_A_BOX)
+    check(right, f"{where} must name the columns {wanted}, each once; it is `{','.join(first)[:80]}`")
+    return [names.index(name) for name in _OF_A_BOX]
+
+
+def _detected(
+    where: str, fields: list[str], places: Sequence[int]
+) -> tuple[str, float, float, float, float, float, float]:
+    """Video, second, corners and score of a line. Raises ValueError."""
+    shown = f"it is `{','.join(fields)[:80]}`"
+    try:
+        check(len(fields) > max(places) + (-1 in places), "")
+        video, second, x1, y1, x2, y2, score = (fields[place].strip() for place in places)
+        found = (video, float(second), float(x1), float(y1), float(x2), float(y2), float(score))
+    except ValueError as error:
+        wanted = "video,second,x1,y1,x2,y2,...,score"
+        raise ValueError(f"{where} should be `{wanted}`, or in the order that a first line names; {shown}") from error
+    check(video != "", f"{where} has no video; {shown}")
+    check(0 <= found[1] < np.inf, f"{where}: second must be a finite number of 0 or above; {shown}")
+    check(bool(np.isfinite(found[2:6]).all()), f"{where}: corners must be in [0, 1], fractions of the frame; {shown}")
+    check(0 <= found[6] <= 1, f"{where}: the score, {score}, must be in [0, 1]; {shown}")
+    return found
 
 
 def check_boxes(file: Path, names: Sequence[object], video: np.ndarray, second: np.ndarray, box: np.ndarray) -> None:
-    """ValueError when a box is not in the frame, or is empty."""
+    """ValueError when a box is not in the frame, or is empty there."""
     outside = ~((box >= -_TOLERANCE) & (box <= 1 + _TOLERANCE)).all(axis=1)
-    empty = (box[:, 2:] <= box[:, :2]).any(axis=1)
-    for wrong, what in ((outside, "boxes reach out of the frame"), (empty, "boxes are empty")):
+    inside = box.clip(0, 1)
+    empty = (inside[:, 2:] <= inside[:, :2]).any(axis=1)
+    for wrong, what in ((outside, "boxes reach out of the frame, 0 to 1"), (empty, "boxes are empty")):
         rows = np.flatnonzero(wrong)
         if len(rows):
             shown = [_box_text(names[video[row]], second[row], box[row]) for row in rows[:_NAMED]]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kernels.launch import check
+from videomae.data.dataset import NoSplit
 
 NUM_CLASSES = 80  # ids from 1 on
 # those that AVA's evaluation counts: the others have fewer than 25 boxes in validation
@@ -36,13 +37,14 @@ class AvaFiles:
 
 
 def find_ava(folder: Path, split: str) -> AvaFiles | None:
-    """AVA's files in a folder, or in `annotations` below it; None when it has no AVA files. Raises ValueError when only
+    """AVA's files in a folder, or in `annotations` below it; None when it has no AVA files. Raises NoSplit when only
     this split is missing."""
     for place in (folder, folder / "annotations"):
         if not any((place / f"ava_{one}_v2.2.csv").is_file() for one in ("train", "val")):
             continue
         rows = place / f"ava_{split}_v2.2.csv"
-        check(rows.is_file(), f"no {rows.name} in {place}")
+        if not rows.is_file():
+            raise NoSplit(f"no {rows.name} in {place}")
 
         def found(name: str, place: Path = place) -> Path | None:
             return path if (path := place / name).is_file() else None
@@ -141,13 +143,14 @@ def read_images(files: AvaFiles) -> Images:
 
 class Detected(NamedTuple):
     """Boxes that a detector found. pixels: float64 [n, 4], x1, y1, x2, y2 from edge to edge. sizes: int [n, 2], height
-    and width of the frame that these are of, 0 where it is not known."""
+    and width of the frame that these are of, 0 where it is not known. rows: int64 [n], the place in the file."""
 
     videos: list[str]
     seconds: np.ndarray
     pixels: np.ndarray
     sizes: np.ndarray
     scores: np.ndarray
+    rows: np.ndarray
 
 
 def read_detected(path: str | Path, images: Images, least: float) -> Detected:
@@ -160,7 +163,10 @@ def read_detected(path: str | Path, images: Images, least: float) -> Detected:
         ids = np.array([row["image_id"] for row in rows], dtype=np.int64)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: an entry is no {{image_id, bbox, score}} of numbers: {error}") from error
-    check(bool(np.isfinite(scores).all()), f"{path}: a score is not finite")
+    strange = np.flatnonzero(~((scores >= 0) & (scores <= 1)))
+    what = "entries with a score that is not in [0, 1], the first"
+    if len(strange):
+        raise ValueError(f"{path}: {len(strange):,} {what} is number {strange[0] + 1}: {scores[strange[0]]:g}")
     # detectors' files say 0.8 in decimals
     kept = np.flatnonzero(scores >= least - 1e-9)
     found = [images.find(int(one)) for one in ids[kept]]
@@ -175,6 +181,7 @@ def read_detected(path: str | Path, images: Images, least: float) -> Detected:
         boxes,
         np.array([size or (0, 0) for _, _, size in moments], dtype=np.int64).reshape(-1, 2),
         scores[kept],
+        kept,
     )
 
 

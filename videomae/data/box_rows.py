@@ -1,12 +1,13 @@
 """Boxes with a class, and a score or a person, one a row: in memory, and as the csv files of AVA and of one's own.
 
 A file of one's own begins with a line of column names, `path,second,x1,y1,x2,y2,label` and at most one of score and
-person after them, in any order; its labels may be names. AVA's files have none: video, second, x1, y1, x2, y2, class,
-and an eighth that is the person in annotations and the score in detections.
+person after them, in any order and case; its labels may be names. AVA's files have none: video, second, x1, y1, x2, y2,
+class, and an eighth that is the person in annotations and the score in detections.
 """
 
 import csv
 import io
+import itertools
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ _WRITTEN = 1 << 17  # rows written at once
 _TOLERANCE = 1e-3  # corners that were rounded end a little outside of the frame
 _MOST = (1 << 31) - 1  # of an id
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
+_SHOWN = 5  # classes in a message
 _PLACES = 5  # decimals of corners and scores in a file
 
 
@@ -109,16 +111,32 @@ def _layout(path: Path, file: BinaryIO, score: bool | None) -> _Layout:
     check(first != b"", f"{path} is empty")
     try:
         fields = [name.strip() for name in next(csv.reader([first.decode()]))]
+        lower = [name.lower() for name in fields]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}:{number} is no line of boxes: {error}") from error
-    if "second" in fields or "x1" in fields:
-        return _Layout(_named_columns(f"{path}:{number}", fields, score), number + 1, named=True)
-    count = len(fields)
-    check(count in (7, 8), f"{path}:{number} must have 7 or 8 columns, {','.join(_AVA)} and one more; it has {count}")
+    if names_columns(fields):
+        return _Layout(_named_columns(f"{path}:{number}", lower, score), number + 1, named=True)
+    count, wanted = len(fields), f"7 or 8 columns separated by commas, {','.join(_AVA)} and one more"
+    check(count in (7, 8), f"{path}:{number} must have {wanted}; it has {count}")
     told = score is not None or count == 7
-    check(told, f"{path} has no column names: say by score=True or False whether the eighth is a score or a person")
+    first_line = f"begin with a line of column names, {','.join(_HEADER)} and score or person"
+    rest = "if the file is AVA's, give its folder (in Python, score=True or False)"
+    check(told, f"{path}:{number} has 8 columns without names: {first_line}; {rest}")
     check(count == 8 or not score, f"{path}:{number} must have a score, which is its eighth column; it has 7")
     return _Layout((*_AVA, "score" if score else "person")[:count], number, named=False)
+
+
+def names_columns(fields: Sequence[str]) -> bool:
+    """Whether a file's first line has the names of its columns."""
+    return not {"second", "x1"}.isdisjoint(name.strip().lower() for name in fields)
+
+
+def line_of(path: Path, row: int) -> int:
+    """The line, from 1 on, that a row stands in, from 0 on: empty lines and one of column names are no rows."""
+    lines = csv_lines(1, path.read_bytes().removeprefix(_MARK))
+    first, fields = next(lines)
+    rows = lines if names_columns(fields) else itertools.chain([(first, fields)], lines)
+    return next(itertools.islice((line for line, _ in rows), row, None))
 
 
 def _named_columns(where: str, fields: list[str], score: bool | None) -> tuple[str, ...]:
@@ -180,7 +198,7 @@ def _parse(path: Path, layout: _Layout, number: int, block: bytes) -> dict[str, 
 
 def _check_first(layout: _Layout, block: bytes) -> None:
     """What pandas would let pass: too much in its first line, and a column of True and False alone."""
-    fields = next((row for _, row in _lines(1, block)), [])
+    fields = next((row for _, row in csv_lines(1, block)), [])
     check(len(fields) in (0, len(layout.columns)), "a line has too many columns")
     check(all(_is_readable(layout, *one) for one in zip(layout.columns, fields, strict=False)), "no number")
 
@@ -190,7 +208,7 @@ def _is_readable(layout: _Layout, name: str, text: str) -> bool:
     return is_text or _NUMBER.fullmatch(text) is not None
 
 
-def _lines(number: int, block: bytes) -> Iterator[tuple[int, list[str]]]:
+def csv_lines(number: int, block: bytes) -> Iterator[tuple[int, list[str]]]:
     """Lines that are not empty, as fields, and their numbers."""
     text = io.TextIOWrapper(io.BytesIO(block), encoding="utf-8", errors="surrogateescape")
     for place, line in enumerate(text, number):
@@ -202,13 +220,16 @@ def _unreadable(path: Path, layout: _Layout, number: int, block: bytes, error: E
     """What is wrong with a block that pandas cannot read, by its first such line."""
     place = number - 1
     try:
-        for place, fields in _lines(number, block):
+        for place, fields in csv_lines(number, block):
             "".join(fields).encode()
             if len(fields) != len(layout.columns):
-                return f"{path}:{place} must have {len(layout.columns)} columns; it has {len(fields)}"
+                return (
+                    f"{path}:{place} must have {len(layout.columns)} columns separated by commas; it has {len(fields)}"
+                )
             for name, text in zip(layout.columns, fields, strict=True):
                 if not _is_readable(layout, name, text):
-                    return f"{path}:{place}: {name} must be a number; it is `{text[:80]}`"
+                    rule = "" if layout.named else f" (the first line may name the columns: {','.join(_HEADER)})"
+                    return f"{path}:{place}: {name} must be a number; it is `{text[:80]}`{rule}"
     except UnicodeEncodeError:
         return f"{path}:{place} is no line of boxes: not text in UTF-8"
     except csv.Error as other:
@@ -232,7 +253,7 @@ def _wrong_row(found: Mapping[str, Any]) -> tuple[int, str] | None:
     rules = [
         (~empty[found["video"][1]], "a video", None),
         ((second >= 0) & (second < np.inf), "a finite second of 0 or above", second),
-        (((box >= -_TOLERANCE) & (box <= 1 + _TOLERANCE)).all(1), "corners in [0, 1]", box),
+        (((box >= -_TOLERANCE) & (box <= 1 + _TOLERANCE)).all(1), "corners in [0, 1], fractions of the frame", box),
     ]
     if "score" in found:
         rules.append((np.isfinite(found["score"]), "a finite score", found["score"]))
@@ -256,7 +277,7 @@ def _also(lines: int) -> str:
 
 
 def _line_of(row: int, number: int, block: bytes) -> int:
-    return next(place for count, (place, _) in enumerate(_lines(number, block)) if count == row)
+    return next(place for count, (place, _) in enumerate(csv_lines(number, block)) if count == row)
 
 
 def _joined(parts: Sequence[tuple[list[str], np.ndarray]]) -> tuple[tuple[str, ...], np.ndarray]:
@@ -288,13 +309,22 @@ def _labels(
         first = int(right.argmin())
         where = f"{path}:{_line_with(path, layout, texts[first])}"
         also = _also(int((~right[codes]).sum()) - 1)
-        raise ValueError(f"{where}: label must be a class; it is `{bare[first][:80]}`{also}")
+        raise ValueError(f"{where}: label must be a class; it is `{bare[first][:80]}`{also}{_known(classes)}")
     return np.array(ids, np.int32)[codes], names
+
+
+def _known(classes: Mapping[str, int] | Sequence[str] | None) -> str:
+    if classes is None:
+        return ""
+    names = list(classes)
+    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    whence = "of classes.txt, the training set or the weights"
+    return f"; the classes, {whence}, are {', '.join(names[:_SHOWN])}{more}"
 
 
 def _line_with(path: Path, layout: _Layout, label: str) -> int:
     column = layout.columns.index("label")
-    lines = _lines(1, path.read_bytes())
+    lines = csv_lines(1, path.read_bytes())
     return next((place for place, fields in lines if place >= layout.first and fields[column] == label), layout.first)
 
 

@@ -23,6 +23,10 @@ SUFFIXES = frozenset(
 ORDER, FRAMES, CROP, MASK, AUGMENT, BOXES = range(6)
 
 
+class NoSplit(ValueError):
+    """There is no data of the split that was asked for, as opposed to some that is wrong."""
+
+
 class Sample(NamedTuple):
     """With the run's seed, all that a clip depends on. index: the video's place in the list; view: which crop and mask
     of the clip."""

@@ -5,7 +5,7 @@ Ragged things lie flat: 200,000 key frames are some ten arrays, which processes 
 
 import hashlib
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 from kernels.launch import check
 from videomae.data.annotated_boxes import Annotated, check_boxes, read_annotated, read_boxes, some
 from videomae.data.ava import Detected
-from videomae.data.box_rows import BoxRows
+from videomae.data.box_rows import BoxRows, line_of
 from videomae.data.dataset import VideoList
 from videomae.data.moments import Timing
 from videomae.data.movies import Movie, find_movies, look_at
@@ -24,7 +24,7 @@ from videomae.data.movies import Movie, find_movies, look_at
 
 class BoxTable(NamedTuple):
     """The boxes of K key frames, M in all, with L labels. box: float32 [M, 4], fractions. score: float32 [M]. column:
-    int16 [L]. Key frame i has boxes first[i] to first[i + 1], and box j the labels label_first[j] to
+    int32 [L]. Key frame i has boxes first[i] to first[i + 1], and box j the labels label_first[j] to
     label_first[j + 1]; both int64."""
 
     first: np.ndarray
@@ -135,8 +135,8 @@ def find_key_frames(
     `box_rows.read_rows`, whose paths are relative to it; or a folder of train.csv and val.csv or test.csv of that kind,
     with the classes' names in classes.txt or else in alphabetical order.
     videos: the folder of the movies, see `movies.find_movies`; starts_at, frames_rate: see `moments.Timing`.
-    boxes: those to be classified in a test, a json of AVA's or a csv (`video,second,x1,y1,x2,y2,...,score`), of which
-    those with a score of at least score_at_least count; training and, without it, testing take the annotated ones.
+    boxes: those to be classified in a test, a json of AVA's or a csv (`video,second,x1,y1,x2,y2,...,score` or as a
+    first line names them), of which those that score at least score_at_least count; else the annotated ones.
     classes: the training set's. exclude: leave out AVA's excluded moments. allow_missing: leave out, and note, key
     frames without a video, which are otherwise refused.
 
@@ -152,14 +152,12 @@ def find_key_frames(
         rows = _annotated_rows(annotated)
         notes += [] if split == "train" else [_instead(annotated)]
     else:
-        rows = _detected_rows(read_boxes(file, annotated, score_at_least))
-    rows = _not_excluded(rows, annotated, notes)
-    movies = _find_movies(rows, annotated, videos, timing, allow_missing, notes)
-    rows = _inside(rows, movies, annotated, allow_missing, notes)
-    check(len(rows.video) > 0, f"no key frame of {annotated.file} is left")
+        rows = _detected_rows(file, read_boxes(file, annotated, score_at_least))
+        notes += _not_annotated(rows, annotated)
+    rows, movies, dropped = _present(_not_excluded(rows, annotated, notes), annotated, videos, timing, allow_missing)
+    notes += dropped if split == "train" else [f"{note}, their boxes count as missed" for note in dropped]
     if file is not None:
-        notes += _without_sizes(rows, file)
-        rows = _in_fractions(rows, movies, file)
+        rows = _in_fractions(rows, movies, notes)
         notes += _without_boxes(rows, annotated, score_at_least)
     paths, names, seconds, sizes, table = _assembled(rows, movies, len(annotated.classes))
     return KeyFrames(
@@ -180,10 +178,12 @@ def find_key_frames(
 
 
 class _Rows(NamedTuple):
-    """A box and one of its classes a row, as yet without order. box: fractions, or pixels of frames of size (height,
-    width), 0 where nobody knows. column: -1 for no class."""
+    """A box and one of its classes a row, as yet without order. file: where they stand, and place: as which row of it.
+    box: fractions, or pixels of frames of size (height, width), 0 where nobody knows. column: -1 for no class."""
 
+    file: Path
     names: tuple[str, ...]
+    place: np.ndarray
     video: np.ndarray
     second: np.ndarray
     box: np.ndarray
@@ -193,7 +193,13 @@ class _Rows(NamedTuple):
     score: np.ndarray
 
     def take(self, kept: np.ndarray) -> "_Rows":
-        return _Rows(self.names, *(column[kept] for column in self[1:]))
+        return _Rows(self.file, self.names, *(column[kept] for column in self[2:]))
+
+    def where(self, row: int) -> str:
+        """The file, and the line or, in json, the number of the entry."""
+        place = int(self.place[row])
+        is_json = self.file.suffix.lower() == ".json"
+        return f"{self.file}, entry {place + 1}" if is_json else f"{self.file}:{line_of(self.file, place)}"
 
     def moments(self) -> np.ndarray:
         """complex128, one number for a video and a second: numpy compares and sorts these exactly."""
@@ -204,7 +210,9 @@ def _annotated_rows(annotated: Annotated) -> _Rows:
     rows = annotated.rows
     count = len(rows)
     return _Rows(
+        annotated.file,
         tuple(map(str, rows.names)),
+        np.arange(count),
         rows.video,
         rows.second,
         rows.box.clip(0, 1),
@@ -216,12 +224,23 @@ def _annotated_rows(annotated: Annotated) -> _Rows:
     )
 
 
-def _detected_rows(found: Detected) -> _Rows:
+def _detected_rows(file: Path, found: Detected) -> _Rows:
     names = tuple(dict.fromkeys(found.videos))
     code = {name: number for number, name in enumerate(names)}
     video = np.array([code[name] for name in found.videos], dtype=np.int64)
     nobody = np.zeros(len(video), dtype=np.int64)
-    return _Rows(names, video, found.seconds, found.pixels, found.sizes, nobody, nobody - 1, found.scores)
+    rest = (found.seconds, found.pixels, found.sizes, nobody, nobody - 1, found.scores)
+    return _Rows(file.expanduser(), names, found.rows, video, *rest)
+
+
+def _not_annotated(rows: _Rows, annotated: Annotated) -> list[str]:
+    """A note where videos of detected boxes are not annotated. Raises ValueError where none is."""
+    wanted = [str(name) for name in annotated.rows.names]
+    others = sorted(set(rows.names) - set(wanted))
+    total = f"{rows.file}: {len(others):,} of {len(rows.names):,} videos are not in {annotated.file}"
+    named = f"{some(others)}; videos go by the same names in both, there {some(wanted)}"
+    check(len(others) < len(rows.names), f"{total}: {named}")
+    return [f"{total}: {some(others)}"] if others else []
 
 
 def _instead(annotated: Annotated) -> str:
@@ -238,6 +257,19 @@ def _not_excluded(rows: _Rows, annotated: Annotated, notes: list[str]) -> _Rows:
     if gone.any():
         notes.append(f"{len(np.unique(moments[gone])):,} key frames are among those that AVA excludes: left out")
     return rows.take(~gone)
+
+
+def _present(
+    rows: _Rows, annotated: Annotated, videos: str | Path | None, timing: Timing, allow_missing: bool
+) -> tuple[_Rows, dict[str, Movie], list[str]]:
+    """Rows whose movies are there and have their second, these movies, and what was left out. Raises ValueError when
+    something would be that may not, or all."""
+    check(videos is None or Path(videos).expanduser().is_dir(), f"no such folder of videos (--data.videos): {videos}")
+    dropped: list[str] = []
+    movies = _find_movies(rows, annotated, videos, timing, allow_missing, dropped)
+    left = _inside(rows, movies, allow_missing, dropped)
+    check(len(left.video) > 0, f"no key frame of {rows.file} is left")
+    return left, movies, dropped
 
 
 def _find_movies(
@@ -258,12 +290,12 @@ def _find_movies(
         paths, places = _own_paths(root, seconds), [root]
     missing = [name for name in seconds if name not in paths]
     where = " or ".join(map(str, places)) or f"folders of movies beside {annotated.file}"
-    total = f"of {len(seconds):,} videos of {annotated.file.name}"
-    what = f"{len(missing):,} {total} are not in {where}: {some(missing)}"
-    _allow(missing, what, allow_missing, notes)
+    first_of = dict(zip(seconds, first, strict=True))
+    total, wrong = f"of {len(seconds):,} videos", f"are not in {where}"
+    _allow(rows, [first_of[name] for name in missing], f"{total} {wrong}: {some(missing)}", allow_missing, notes)
     movies, broken = look_at(paths, seconds, timing)
-    what = f"{len(broken):,} {total} cannot be read: {some(list(broken.values()))}"
-    _allow(broken, what, allow_missing, notes)
+    wrong = f"cannot be read: {some(list(broken.values()))}"
+    _allow(rows, [first_of[name] for name in broken], f"{total} {wrong}", allow_missing, notes)
     return movies
 
 
@@ -279,15 +311,16 @@ def _own_paths(root: Path, names: Mapping[str, float]) -> dict[str, str]:
     return found
 
 
-def _allow(wrong: Collection[str], what: str, allowed: bool, notes: list[str]) -> None:
-    check(allowed or not wrong, f"{what} (--data.allow-missing leaves them out)")
-    if wrong:
-        notes.append(f"{what}: left out")
+def _allow(rows: _Rows, wrong: Sequence[int], what: str, allowed: bool, notes: list[str]) -> None:
+    """wrong: a row of each thing that is, in the order in which they are named."""
+    if not wrong:
+        return
+    said = f"{rows.where(wrong[0])}: {len(wrong):,} {what}"
+    check(allowed, f"{said} (--data.allow-missing leaves them out)")
+    notes.append(f"{said}: left out")
 
 
-def _inside(
-    rows: _Rows, movies: Mapping[str, Movie], annotated: Annotated, allow_missing: bool, notes: list[str]
-) -> _Rows:
+def _inside(rows: _Rows, movies: Mapping[str, Movie], allow_missing: bool, notes: list[str]) -> _Rows:
     """Those whose movie is there and has their second. Raises ValueError when one has not, unless that is allowed."""
     order = np.argsort(rows.video, kind="stable")
     starts = np.searchsorted(rows.video[order], np.arange(len(rows.names) + 1))
@@ -297,12 +330,12 @@ def _inside(
             own = order[starts[number] : starts[number + 1]]
             there[own], has[own] = True, movie.has(rows.second[own])
     moments = rows.moments()
-    outside = np.unique(moments[there & ~has])
+    gone = np.flatnonzero(there & ~has)
+    outside, first = np.unique(moments[gone], return_index=True)
     named = [_outside(rows.names[int(one.real)], one.imag, movies) for one in outside[:20]]
     shown = some([*named, *([""] * (len(outside) - len(named)))])
-    total = f"of {len(np.unique(moments)):,} key frames of {annotated.file.name}"
-    what = f"{len(outside):,} {total} are at seconds that their videos do not have: {shown}"
-    _allow(named, what, allow_missing, notes)
+    what = f"of {len(np.unique(moments)):,} key frames are at seconds that their videos do not have: {shown}"
+    _allow(rows, gone[first].tolist(), what, allow_missing, notes)
     return rows.take(has)
 
 
@@ -315,18 +348,15 @@ def _outside(name: str, second: float, movies: Mapping[str, Movie]) -> str:
     return f"{name} at {second:g} (it has {start:g}{to}, see --data.starts-at)"
 
 
-def _without_sizes(rows: _Rows, file: Path) -> list[str]:
-    """A note where nobody says how large the frames were in which boxes were detected."""
-    taken = f"{file.name}: boxes are taken as pixels of the videos as they are here"
-    return [] if (rows.size > 0).all() else [f"{taken}, as no _min.json beside the annotations has other sizes"]
-
-
-def _in_fractions(rows: _Rows, movies: Mapping[str, Movie], file: Path) -> _Rows:
+def _in_fractions(rows: _Rows, movies: Mapping[str, Movie], notes: list[str]) -> _Rows:
     """Boxes whose size nobody knew are of the movie's. Raises ValueError when they are not in the frame."""
+    if not (rows.size > 0).all():
+        taken = f"{rows.file.name}: boxes are taken as pixels of the videos as they are here"
+        notes.append(f"{taken}, as no _min.json beside the annotations has other sizes")
     own = np.array([movies[name].size if name in movies else (1, 1) for name in rows.names])
     height, width = np.where(rows.size > 0, rows.size, own[rows.video]).T
     box = rows.box / np.stack((width, height, width, height), axis=-1)
-    check_boxes(file, rows.names, rows.video, rows.second, box)
+    check_boxes(rows.file, rows.names, rows.video, rows.second, box)
     return rows._replace(box=box.clip(0, 1))
 
 
@@ -337,8 +367,8 @@ def _without_boxes(rows: _Rows, annotated: Annotated, least: float) -> list[str]
     numbers = np.array([code.get(name, -1) for name in truth.names])
     wanted = np.unique(numbers[truth.video] + 1j * truth.second)
     empty = int((~np.isin(wanted, rows.moments())).sum())
-    what = f"annotated key frames have no box with a score of at least {least:g}: they count as missed"
-    return [f"{empty:,} of {len(wanted):,} {what}"] if empty else []
+    what = f"annotated key frames have no box with a score of at least {least:g} of the same name and second"
+    return [f"{rows.file}: {empty:,} of {len(wanted):,} {what}: they count as missed"] if empty else []
 
 
 def _assembled(
@@ -360,7 +390,7 @@ def _assembled(
         rows.box[first].astype(np.float32),
         score.astype(np.float32),
         np.searchsorted(labels, num_classes * np.arange(len(first) + 1)).astype(np.int64),
-        (labels % num_classes).astype(np.int16),
+        (labels % num_classes).astype(np.int32),
     )
     chosen = first[starts]
     names = tuple(rows.names[number] for number in rows.video[chosen])

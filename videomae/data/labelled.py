@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kernels.launch import check
 from videomae.data import shards, storage
-from videomae.data.dataset import VideoList, find_videos
+from videomae.data.dataset import NoSplit, VideoList, find_videos
 
 CLASSES = "classes.txt"
 # the lists and folders that serve as a split, best first: many data sets have one of val and test
@@ -70,7 +70,7 @@ def find_labelled(
 
     like: the training set, or only its classes. Class folders are numbered by it, as a split may lack a class; a
     list's own names must be the same, in its order. A split must not be the training set itself; videos in both are
-    noted. Raises ValueError, also when there is no such split or a video without a label.
+    noted. Raises ValueError, also for a video without a label; NoSplit when there is no such split.
     """
     check(str(source) != "", "no path to look for labelled videos in")
     names = like.classes if isinstance(like, LabelledVideos) else None if like is None else tuple(like)
@@ -102,8 +102,10 @@ def _find(home: str, split: str, names: tuple[str, ...] | None) -> LabelledVideo
     if shards.is_prepared(folder):
         return _prepared(str(folder.resolve()), split, names)
     if not folder.is_dir():
-        given = split == "train" or folder.stem != "train"
-        check(given, f"{home} is the training list; give its folder if that has {split}.csv, or the list of {split}")
+        if split != "train" and folder.stem == "train":
+            raise NoSplit(
+                f"{home} is the training list; give its folder if that has {split}.csv, or the list of {split}"
+            )
         return _numbered(home, find_videos(folder), names, str(folder.parent))
     found = [name for name in ("train", "val", "test", split) if _list_or_folder(folder, name) is not None]
     for name in _SERVES.get(split, (split,)):
@@ -112,9 +114,12 @@ def _find(home: str, split: str, names: tuple[str, ...] | None) -> LabelledVideo
             assert place is not None
             return _with_note(_in_split(place, split, names), home, split, name)
     shown = " and ".join(str(_list_or_folder(folder, name)) for name in found)
-    check(not found, f"no {split}.csv in {home}, and no {split}/ of class folders: there is {shown}")
-    is_this = split == "train" or folder.resolve().name in _SERVES.get(split, (split,))
-    check(is_this, f"no {split} videos in {home}: add {split}.csv (`path label` a line) or {split}/ of class folders")
+    if found:
+        raise NoSplit(f"no {split}.csv in {home}, and no {split}/ of class folders: there is {shown}")
+    if split != "train" and folder.resolve().name not in _SERVES.get(split, (split,)):
+        raise NoSplit(
+            f"no {split} videos in {home}: add {split}.csv (`path label` a line) or {split}/ of class folders"
+        )
     return _in_class_folders(folder, names, folder)
 
 
@@ -142,7 +147,7 @@ def _at_url(url: str, split: str, names: tuple[str, ...] | None) -> LabelledVide
     for name in _SERVES.get(split, (split,)):
         if shards.is_prepared(below := storage.join(url, name)):
             return _with_note(_prepared(below, split, names, url), url, split, name)
-    raise ValueError(f"no prepared set at {url}, nor one for {split} below it")
+    raise NoSplit(f"no prepared set at {url}, nor one for {split} below it")
 
 
 def _prepared(root: str, split: str, names: tuple[str, ...] | None, *beside: str) -> LabelledVideos:
@@ -164,7 +169,8 @@ def _of_split(sources: Sequence[str], split: str, root: str) -> tuple[Sequence[i
     if not folders <= {"train", "val", "test", split} or any(name.count("/") < 2 for name in sources):
         return range(len(sources)), ""
     serves = [name for name in _SERVES.get(split, (split,)) if name in folders]
-    check(len(serves) > 0, f"no {split} videos in {root}: there is {' and '.join(sorted(folders))}")
+    if not serves:
+        raise NoSplit(f"no {split} videos in {root}: there is {' and '.join(sorted(folders))}")
     return [number for number, name in enumerate(sources) if name.startswith(f"{serves[0]}/")], serves[0]
 
 
@@ -233,10 +239,11 @@ def _difference(own: Sequence[str], names: Sequence[str]) -> str:
 
 
 def _apart(found: LabelledVideos, training: LabelledVideos, home: str, split: str) -> LabelledVideos:
-    """The split, which is not the training set. Raises ValueError."""
+    """The split, which is not the training set. Raises NoSplit."""
     seen = set(training.videos.paths)
     shared = sum(path in seen for path in found.videos.paths)
-    check(shared < len(found), f"all {split} videos of {home} are training videos; give {split} videos of their own")
+    if shared == len(found):
+        raise NoSplit(f"all {split} videos of {home} are training videos; give {split} videos of their own")
     return _noted(found, *([f"{shared} of {len(found)} {split} videos are training videos as well"] if shared else []))
 
 

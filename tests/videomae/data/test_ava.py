@@ -142,6 +142,7 @@ def test_detected_boxes_have_corners_in_pixels_and_the_least_score(tmp_path):
     assert found.seconds.tolist() == [902, 903]
     assert found.pixels.tolist() == [[10.5, 20, 40.5, 60.25], [1, 2, 6, 8]]
     assert found.scores.tolist() == [0.8, 0.99]
+    assert found.rows.tolist() == [0, 2]
     assert np.array_equal(found.sizes, np.zeros((2, 2)))
 
 
@@ -152,7 +153,11 @@ def test_detected_boxes_have_corners_in_pixels_and_the_least_score(tmp_path):
         ("{}", "holds no list"),
         ('[{"image_id": 902, "bbox": [0, 0, 1, 1]}]', "an entry is no {image_id, bbox, score} of numbers"),
         ('[{"image_id": 902, "bbox": [0, 0, 1], "score": 1}]', "an entry is no {image_id, bbox, score} of numbers"),
-        ('[{"image_id": 902, "bbox": [0, 0, 1, 1], "score": NaN}]', "a score is not finite"),
+        (
+            '[{"image_id": 902, "bbox": [0, 0, 1, 1], "score": NaN}]',
+            "1 entries with a score that is not in [0, 1], the first is number 1: nan",
+        ),
+        ('[{"image_id": 902, "bbox": [0, 0, 1, 1], "score": 95}]', "the first is number 1: 95"),
         ('[{"image_id": 90902, "bbox": [0, 0, 1, 1], "score": 1}]', "1 image ids are of no key frame: [90902]"),
     ],
 )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from videomae.data import box_rows
-from videomae.data.box_rows import BoxRows, read_rows, write_rows
+from videomae.data.box_rows import BoxRows, line_of, read_rows, write_rows
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 TRUTH = "a,0902,0.1,0.2,0.3,0.4,12,7\n"
@@ -100,6 +100,18 @@ def test_line_ends_and_marks_of_encodings_make_no_difference(tmp_path, end, mark
     assert rows.second.tolist() == [902, 903, 903]
 
 
+def test_capitals_and_spaces_in_names_of_columns_make_no_difference(tmp_path):
+    assert lists(read(tmp_path, "Path, Second,X1,Y1,X2,Y2,Label\na,1,0,0,1,1,run\n"))[0] == ["a"]
+
+
+def test_rows_are_found_again_by_their_lines(tmp_path):
+    for head, first in (("", 1), ("\ufeff\n", 2), ("\ufeffsecond,path,x1,y1,x2,y2,label\n", 2), ("\n \n" + OWN, 4)):
+        path = tmp_path / "rows.csv"
+        path.write_text(head + "1,1,0,0,1,1,1\n\n \n1,1,0,0,1,1,1\n")
+        assert len(read_rows(path)) == 2
+        assert [line_of(path, row) for row in (0, 1)] == [first, first + 3]
+
+
 def test_names_may_be_quoted(tmp_path):
     rows = read(tmp_path, OWN + '"a, ""b"".mp4",0,0,0,1,1,"run, fast"\n')
     assert rows.names == ('a, "b".mp4',)
@@ -126,27 +138,40 @@ def test_a_large_file_is_read_in_blocks(tmp_path, monkeypatch):
         ("", {}, "is empty"),
         ("\ufeff\n \n", {}, "is empty"),
         (OWN, {}, "has no rows"),
-        (TRUTH, {}, "say by score=True or False"),
+        (
+            TRUTH,
+            {},
+            "csv:1 has 8 columns without names: begin with a line .* score or person; .* AVA's, give its folder",
+        ),
+        (OWN.replace(",", ";"), {}, "csv:1 must have 7 or 8 columns separated by commas.*it has 1"),
         ("a,0902,0.1,0.2,0.3,0.4,12\n", {"score": True}, "csv:1 must have a score"),
         (OWN + "a,0,0,0,1,1,1\n", {"score": True}, "csv:1 must name a column score"),
         (OWN.replace("y2", "y3"), {}, "csv:1 must name the columns path,second"),
         (OWN.replace("label", "label,scores"), {}, "csv:1 must name the columns"),
         (OWN.replace("label", "label,label"), {}, "csv:1 must name the columns"),
         ("a,0902,0.1,0.2,0.3\n", {}, "csv:1 must have 7 or 8 columns.*it has 5"),
-        (TRUTH + "\n" + TRUTH[:-3] + "\n", {"score": False}, "csv:3 must have 8 columns; it has 7"),
-        (TRUTH + TRUTH[:-1] + ",1\n", {"score": False}, "csv:2 must have 8 columns; it has 9"),
-        (TRUTH + TRUTH[:-1] + ",1,2\n", {"score": False}, "csv:2 must have 8 columns; it has 10"),
-        (OWN + "a,0,0,0,1,1,run,5\n", {}, "csv:2 must have 7 columns; it has 8"),
-        (OWN + "a,0,0,0,1,1,run,5,6\n", {}, "csv:2 must have 7 columns; it has 9"),
+        (TRUTH + "\n" + TRUTH[:-3] + "\n", {"score": False}, "csv:3 must have 8 columns separated by commas; it has 7"),
+        (TRUTH + TRUTH[:-1] + ",1\n", {"score": False}, "csv:2 must have 8 columns separated by commas; it has 9"),
+        (TRUTH + TRUTH[:-1] + ",1,2\n", {"score": False}, "csv:2 must have 8 columns separated by commas; it has 10"),
+        (OWN + "a,0,0,0,1,1,run,5\n", {}, "csv:2 must have 7 columns separated by commas; it has 8"),
+        (OWN + "a,0,0,0,1,1,run,5,6\n", {}, "csv:2 must have 7 columns separated by commas; it has 9"),
         (TRUTH + TRUTH.replace("0902", "noon"), {"score": False}, "csv:2: second must be a number; it is `noon`"),
         (TRUTH.replace("0902", "-1"), {"score": False}, "csv:1: there must be a finite second of 0 or above; got -1"),
         (TRUTH.replace("0.1", ""), {"score": False}, "csv:1: x1 must be a number; it is ``"),
         (TRUTH.replace("0.1", "nan"), {"score": False}, "csv:1: x1 must be a number; it is `nan`"),
-        (TRUTH.replace("0.3", "3.5"), {"score": False}, r"csv:1: there must be corners in \[0, 1\]; got 0.1, 0.2, 3.5"),
+        (
+            TRUTH.replace("0.3", "3.5"),
+            {"score": False},
+            r"corners in \[0, 1\], fractions of the frame; got 0.1, 0.2, 3.5",
+        ),
         (TRUTH.replace("0.1", "-0.01"), {"score": False}, r"corners in \[0, 1\]"),
         (TRUTH + TRUTH.replace("0.3", "0.1"), {"score": False}, "csv:2: there must be x2 above x1"),
         (TRUTH.replace(",12,", ",12.5,"), {"score": False}, "csv:1: there must be a whole number as label; got 12.5"),
-        (TRUTH.replace(",12,", ",run,"), {"score": False}, "csv:1: label must be a number; it is `run`"),
+        (
+            TRUTH.replace(",12,", ",run,"),
+            {"score": False},
+            r"label must be a number; it is `run` \(the first line may name",
+        ),
         (TRUTH.replace(",12,", ",-12,"), {"score": False}, "csv:1: there must be a whole number as label; got -12"),
         (
             TRUTH.replace(",12,", ",99999999999,"),
@@ -159,7 +184,11 @@ def test_a_large_file_is_read_in_blocks(tmp_path, monkeypatch):
         (FOUND.replace("0.875", "inf"), {"score": True}, "csv:1: (there must be a finite score|score must be)"),
         (TRUTH + TRUTH[1:], {"score": False}, "csv:2: there must be a video"),
         (OWN + "a,0,0,0,1,1,\n", {}, "csv:2: label must be a class; it is ``"),
-        (OWN + "\na,0,0,0,1,1,run\na,0,0,0,1,1,sit\n", {"classes": ("run",)}, "csv:4: label must be a class.*`sit`"),
+        (
+            OWN + "\na,0,0,0,1,1,run\na,0,0,0,1,1,sit\n",
+            {"classes": ("run",)},
+            "csv:4: label must be.*`sit`; the classes, .* are run$",
+        ),
         (OWN + "a,0,0,0,1,1,1\n", {"classes": ("run",)}, "csv:2: label must be a class; it is `1`"),
         (TRUTH.encode() + b"\xff" + TRUTH.encode(), {"score": False}, "csv:2 is no line of boxes: not text"),
         (b"\xff\xfe,1,2\n", {}, "csv:1 is no line of boxes"),
@@ -318,5 +347,8 @@ def test_counts_what_it_refuses(tmp_path):
         read_rows(outside)
     unknown = tmp_path / "unknown.csv"
     unknown.write_text(head + "a,1,0,0,1,1,walk\na,1,0,0,1,1,fly\na,2,0,0,1,1,swim\n")
-    with pytest.raises(ValueError, match=r":3: label must be a class; it is `fly` \(1 more line like that\)"):
-        read_rows(unknown, classes=["walk"])
+    with pytest.raises(
+        ValueError,
+        match=r":3: label must be a class; it is `fly` \(1 more line like that\); .* 0, 1, 2, 3, walk and 2 more$",
+    ):
+        read_rows(unknown, classes=["0", "1", "2", "3", "walk", "5", "6"])

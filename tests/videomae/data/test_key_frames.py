@@ -136,12 +136,23 @@ def test_classes_of_a_list_are_those_beside_it_or_in_alphabetical_order(tmp_path
     found = find_key_frames(tmp_path)
     assert (found.classes, found.class_ids, found.evaluated) == (("zoom", "rest", "act"), (0, 1, 2), (0, 1, 2))
     assert found.annotated(0) == [("zoom", "act")]
-    with pytest.raises(ValueError, match="names other classes than the training set: zoom, rest, act; there act"):
+    with pytest.raises(
+        ValueError, match="names other classes than the training set or the weights: zoom, rest, act; there act"
+    ):
         find_key_frames(tmp_path, classes=("act",))
     (tmp_path / "classes.txt").unlink()
     assert find_key_frames(file, classes=("zoom", "act", "more")).annotated(0) == [("zoom", "act")]
-    numbers = own(tmp_path / "numbers", video, f"a.mp4,1,{BOX},2")
-    assert find_key_frames(numbers).classes == ("0", "1", "2")
+
+
+def test_labels_that_are_numbers_make_classes_of_all_up_to_them(tmp_path, video):
+    found = find_key_frames(own(tmp_path, video, f"a.mp4,1,{BOX},2", f"a.mp4,1,{BOX},1"))
+    assert (found.classes, found.notes) == (("0", "1", "2"), ())
+    file = own(tmp_path, video, f"a.mp4,1,{BOX},40000", f"a.mp4,1,{BOX},70000")
+    found = find_key_frames(file)
+    assert ids(found, 0) == [{40000, 70000}]
+    what = f"number them from 0 on, or name them in {tmp_path / 'classes.txt'}"
+    assert found.notes == (f"{file}: 70,001 classes, 2 of them with boxes: {what}",)
+    refused("a label is 2000000000, which would make 2,000,000,001", own(tmp_path, video, f"a.mp4,1,{BOX},2000000000"))
 
 
 def test_a_test_list_serves_as_validation_and_a_training_list_does_not(tmp_path, video):
@@ -188,7 +199,8 @@ def test_a_test_takes_detected_boxes_of_the_least_score(ava):
     assert len(found.ground_truth) == 8
     sizes, missed = found.notes
     assert sizes.startswith("boxes.json: boxes are taken as pixels of the videos as they are here, as no _min.json")
-    assert missed == "2 of 3 annotated key frames have no box with a score of at least 0.8: they count as missed"
+    what = "2 of 3 annotated key frames have no box with a score of at least 0.8 of the same name and second"
+    assert missed == f"{ava / 'boxes.json'}: {what}: they count as missed"
     assert len(find_key_frames(ava, "val", boxes=ava / "boxes.json", score_at_least=0.5, starts_at=902)) == 3
 
 
@@ -241,6 +253,63 @@ def test_detected_boxes_may_come_in_a_csv(tmp_path, video, header):
     np.testing.assert_allclose(found.scores_of(0), [0.9, 0.85], rtol=1e-6)
 
 
+@pytest.mark.parametrize("header", ["PATH, second,y1, X1,y2,x2,Score", "score,y1,x1,y2,x2,note,second,video"])
+def test_columns_of_detected_boxes_go_by_their_names(tmp_path, video, header):
+    own(tmp_path, video, f"a.mp4,1,{BOX},run", name="val.csv")
+    named = {"path": "a.mp4", "video": "a.mp4", "second": 1, "x1": 0.1, "y1": 0.2, "x2": 0.5, "y2": 0.6, "score": 0.9}
+    row = ",".join(str(named.get(name.strip().lower(), "")) for name in header.split(","))
+    found = find_key_frames(tmp_path, "val", boxes=write(tmp_path / "boxes.csv", "", header, "", row))
+    np.testing.assert_allclose(found.boxes_of(0), [[0.1, 0.2, 0.5, 0.6]], rtol=1e-6)
+    np.testing.assert_allclose(found.scores_of(0), [0.9], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ((f"a.mp4,1,{BOX},1", "a,1,2"), ":2 should be `video,second,x1,y1,x2,y2,...,score`, or in the order"),
+        ((f"a.mp4;1;{BOX};1",), ":1 should be `video,second,"),
+        ((f"a.mp4,1,{BOX},run",), ":1 should be `video,second,"),
+        (("", f"a.mp4,1,{BOX},3"), ":2: the score, 3, must be in [0, 1]"),
+        ((f"a.mp4,1,{BOX},-0.1",), ":1: the score, -0.1, must be in [0, 1]"),
+        ((f"a.mp4,1,{BOX},nan",), ":1: the score, nan, must be in [0, 1]"),
+        ((f"a.mp4,nan,{BOX},1",), ":1: second must be a finite number of 0 or above; it is `a.mp4,nan,"),
+        ((f"a.mp4,-1,{BOX},1",), ":1: second must be a finite number of 0 or above"),
+        (("a.mp4,1,0.1,nan,1,1,1",), ":1: corners must be in [0, 1], fractions of the frame"),
+        ((f" ,1,{BOX},1",), ":1 has no video"),
+        (("path,second,x1,y1,x2,y2,label",), ":1 must name the columns path,second,x1,y1,x2,y2,score, each once"),
+        (("path,video,second,x1,y1,x2,y2,score",), ":1 must name the columns"),
+        (("path,second,x1,y1,x2,y2,score", "a.mp4,1,0,0,1,1"), ":2 should be"),
+    ],
+)
+def test_refuses_lines_that_are_no_detected_boxes(tmp_path, video, lines, message):
+    own(tmp_path, video, f"a.mp4,1,{BOX},run", name="val.csv")
+    boxes = write(tmp_path / "boxes.csv", *lines)
+    refused(f"{boxes}{message}", tmp_path, "val", boxes=boxes)
+
+
+def test_videos_of_detected_boxes_are_the_annotated_ones(tmp_path, video):
+    file = own(tmp_path, video, f"a.mp4,1,{BOX},run", name="val.csv")
+    boxes = write(tmp_path / "boxes.csv", f"{tmp_path / 'a.mp4'},1,{BOX},0.9")
+    what = (
+        f"{boxes}: 1 of 1 videos are not in {file}: {tmp_path / 'a.mp4'}; videos go by the same names in both, there a"
+    )
+    refused(what, tmp_path, "val", boxes=boxes)
+    put(video, tmp_path / "b.mp4")
+    write(boxes, f"a.mp4,1,{BOX},0.9", f"b.mp4,1,{BOX},0.9")
+    assert f"{boxes}: 1 of 2 videos are not in {file}: b.mp4" in find_key_frames(file, "val", boxes=boxes).notes
+
+
+def test_faults_of_detected_boxes_are_of_their_own_file(ava, tmp_path, video):
+    own(tmp_path / "own", video, f"a.mp4,1,{BOX},run", name="val.csv")
+    boxes = write(tmp_path / "boxes.csv", f"a.mp4,1,{BOX},0.9", "", f"b.mp4,1,{BOX},0.9")
+    refused(f"{boxes}:3: 1 of 2 videos are not in {tmp_path / 'own'}: b.mp4", tmp_path / "own", "val", boxes=boxes)
+    write(boxes, f"a.mp4,1,{BOX},0.1", f"a.mp4,9,{BOX},0.9")
+    refused(f"{boxes}:2: 1 of 1 key frames are at seconds", tmp_path / "own", "val", boxes=boxes)
+    detections(ava)
+    options = {"boxes": ava / "boxes.json", "score_at_least": 0.93}
+    refused(f"{ava / 'boxes.json'}, entry 4: 1 of 1 key frames are at", ava, "val", **options)
+
+
 def test_training_takes_annotated_boxes_whatever_was_detected(tmp_path, video):
     own(tmp_path, video, f"a.mp4,1,{BOX},run")
     found = find_key_frames(tmp_path, "train", boxes=tmp_path / "none.csv")
@@ -255,16 +324,17 @@ def refused(message, *arguments, **options):
 
 def test_refuses_detected_boxes_that_are_not_in_the_frame_with_their_number(tmp_path, video):
     own(tmp_path, video, f"a.mp4,1,{BOX},run", name="val.csv")
-    for corners, what in (("0.1,0.2,1.01,0.6", "reach out of the frame"), ("0.5,0.2,0.5,0.6", "are empty")):
+    for corners, what in (("0.1,0.2,1.01,0.6", "reach out of the frame, 0 to 1"), ("0.5,0.2,0.5,0.6", "are empty")):
         boxes = write(tmp_path / "boxes.csv", *[f"a.mp4,1,{corners},0.9"] * 7, f"a.mp4,1,{BOX},0.9")
         said = refused(f"boxes.csv: 7 of 8 boxes {what}: a.mp4 second 1 (", tmp_path, "val", boxes=boxes)
         assert said.endswith("and 2 more")
+    # a box may be empty in the frame alone
+    refused("boxes.csv: 1 of 1 boxes are empty", tmp_path, "val", boxes=write(boxes, "a.mp4,1,1,0,1.0005,1,0.9"))
     # what rounding does is clipped
     boxes = write(tmp_path / "boxes.csv", "a.mp4,1,-0.0009,0.2,1.0009,0.6,0.9")
     found = find_key_frames(tmp_path, "val", boxes=boxes)
     np.testing.assert_allclose(found.boxes_of(0), [[0, 0.2, 1, 0.6]], rtol=1e-6)
     refused("has no box with a score of at least 0.95", tmp_path, "val", boxes=boxes, score_at_least=0.95)
-    refused("boxes.csv:2 should be `video,second,", tmp_path, "val", boxes=write(boxes, f"a.mp4,1,{BOX},1", "a,1,2"))
     refused("no such file of boxes", tmp_path, "val", boxes=tmp_path / "other.csv")
     (tmp_path / "boxes.json").write_text("[]")
     refused("goes with AVA's files", tmp_path, "val", boxes=tmp_path / "boxes.json")
@@ -279,6 +349,7 @@ def test_refuses_annotated_boxes_that_are_not_in_the_frame(tmp_path, video):
     # with scores too, which detections have
     file = write(tmp_path / "train.csv", f"{HEADER},score", f"a.mp4,1,{BOX},run,1", "a.mp4,1,0.5,0.2,0.1,0.6,run,1")
     refused("train.csv: 1 of 2 boxes are empty: a.mp4 second 1 (0.5, 0.2, 0.1, 0.6)", file)
+    refused("train.csv: 1 of 1 boxes are empty: a.mp4 second 1 (1", own(tmp_path, video, "a.mp4,1,1,0,1.0005,1,run"))
 
 
 def test_refuses_unknown_classes_with_their_number(ava, tmp_path, video):
@@ -292,18 +363,22 @@ def test_refuses_unknown_classes_with_their_number(ava, tmp_path, video):
 def test_refuses_videos_that_are_not_there_or_leaves_them_out(tmp_path, video):
     names = [f"v{n}.mp4" for n in range(8)]
     file = own(tmp_path, video, *(f"{name},1,{BOX},run" for name in names), videos=names[:1])
-    said = refused(f"7 of 8 videos of train.csv are not in {tmp_path}: v1.mp4, v2.mp4, v3.mp4", file)
+    said = refused(f"{file}:3: 7 of 8 videos are not in {tmp_path}: v1.mp4, v2.mp4, v3.mp4", file)
     assert "v5.mp4 and 2 more (--data.allow-missing leaves them out)" in said
     found = find_key_frames(file, allow_missing=True)
     assert found.names == ("v0.mp4",)
-    assert found.notes[0].startswith("7 of 8 videos of train.csv are not in ")
+    assert found.notes[0].startswith(f"{file}:3: 7 of 8 videos are not in ")
+    assert found.notes[0].endswith("and 2 more: left out")
+    refused("no such folder of videos (--data.videos): none", file, videos="none")
+    found = find_key_frames(file.rename(tmp_path / "test.csv"), "test", allow_missing=True)
+    assert found.notes[-1].endswith("and 2 more: left out, their boxes count as missed")
     assert len(found.ground_truth) == 8
     refused("no key frame of", own(tmp_path, video, f"w.mp4,1,{BOX},run", videos=()), allow_missing=True)
 
 
 def test_refuses_movies_that_are_not_there(ava):
     (ava / "videos" / f"{FIRST}.mp4").unlink()
-    refused(f"1 of 2 videos of ava_train_v2.2.csv are not in {ava / 'videos'}: {FIRST}", ava, exclude=False)
+    refused(f"{ava / 'ava_train_v2.2.csv'}:1: 1 of 2 videos are not in {ava / 'videos'}: {FIRST}", ava, exclude=False)
     shutil.rmtree(ava / "videos")
     refused("are not in folders of movies beside", ava)
 
@@ -311,16 +386,16 @@ def test_refuses_movies_that_are_not_there(ava):
 def test_refuses_videos_that_cannot_be_read_or_leaves_them_out(tmp_path, video):
     file = own(tmp_path, video, f"a.mp4,1,{BOX},run", f"b.mp4,1,{BOX},run")
     (tmp_path / "b.mp4").write_bytes(b"nothing")
-    refused(f"1 of 2 videos of train.csv cannot be read: {tmp_path / 'b.mp4'}: Invalid data", file)
+    refused(f"{file}:3: 1 of 2 videos cannot be read: {tmp_path / 'b.mp4'}: Invalid data", file)
     assert find_key_frames(file, allow_missing=True).names == ("a.mp4",)
 
 
 def test_refuses_seconds_that_a_video_does_not_have(ava, tmp_path, video):
-    said = refused("1 of 1 key frames of ava_train_v2.2.csv are at seconds that their videos do not have", ava)
+    said = refused("ava_train_v2.2.csv:1: 1 of 1 key frames are at seconds that their videos do not have", ava)
     assert f"{FIRST} at 902 (it has 0 to 2, see --data.starts-at)" in said
     rows = [f"a.mp4,{second},{BOX},run" for second in (0, 1.99, 2, *range(30, 40))]
     file = own(tmp_path / "own", video, *rows)
-    said = refused("11 of 13 key frames of train.csv", file)
+    said = refused(f"{file}:4: 11 of 13 key frames are at", file)
     assert said.count("a.mp4 at") == 5
     assert "and 6 more" in said
     assert find_key_frames(file, allow_missing=True).seconds.tolist() == [0, 1.99]
@@ -360,7 +435,7 @@ def test_many_key_frames_are_a_few_arrays(tmp_path, video):
     found = find_key_frames(own(tmp_path, video, *rows))
     assert (len(found), found.num_boxes, len(found.table.column)) == (5000, 5000, 10_000)
     # a path and a name are one object each
-    boxes = found.num_boxes * (16 + 4 + 8 + 2 * 2)
+    boxes = found.num_boxes * (16 + 4 + 8 + 2 * 4)
     rows = sum(column.nbytes for column in (found.ground_truth.box, found.ground_truth.second)) + 20_000 * 8
     assert len(pickle.dumps(found)) < boxes + rows + 5000 * 32
     again = pickle.loads(pickle.dumps(found))

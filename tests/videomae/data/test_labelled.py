@@ -6,7 +6,7 @@ import pytest
 
 from tests.videos import moving_frames, write_video
 from videomae.data import prepare
-from videomae.data.dataset import VideoList
+from videomae.data.dataset import NoSplit, VideoList
 from videomae.data.labelled import LabelledVideos, find_labelled, read_classes
 
 
@@ -85,7 +85,7 @@ def test_class_folders_are_the_training_set_and_their_names_the_classes(tmp_path
         ("jump/deep/b.AVI", "jump"),
     ]
     assert found.videos.notes == (f"folders in {tmp_path} without a video, so no classes: empty",)
-    with pytest.raises(ValueError, match=r"no val videos in .*: add val.csv \(`path label` a line\) or val/"):
+    with pytest.raises(NoSplit, match=r"no val videos in .*: add val.csv \(`path label` a line\) or val/"):
         find_labelled(tmp_path, "val")
 
 
@@ -153,9 +153,9 @@ def test_a_lists_own_names_must_be_the_training_sets_in_order(tmp_path):
 def test_the_training_set_is_no_other_split(tmp_path):
     write(tmp_path, train__csv="a.mp4 0\nb.mp4 1\n", again__csv="b.mp4 1\n", part__csv="b.mp4 1\nc.mp4 1\n")
     train = find_labelled(tmp_path)
-    with pytest.raises(ValueError, match=r"train.csv is the training list; give its folder"):
+    with pytest.raises(NoSplit, match=r"train.csv is the training list; give its folder"):
         find_labelled(tmp_path / "train.csv", "val")
-    with pytest.raises(ValueError, match="all val videos of .*again.csv are training videos"):
+    with pytest.raises(NoSplit, match="all val videos of .*again.csv are training videos"):
         find_labelled(tmp_path / "again.csv", "val", like=train)
     note = find_labelled(tmp_path / "part.csv", "val", like=train).videos.notes[-1]
     assert note == "1 of 2 val videos are training videos as well"
@@ -281,7 +281,7 @@ def test_reads_prepared_sets(tmp_path, capsys):
     assert "those of val serve" in find_labelled(tmp_path / "whole", "test").videos.notes[0]
     # of the set alone: its numbers
     assert find_labelled(tmp_path / "set" / "train").classes == ("0", "1")
-    with pytest.raises(ValueError, match="all val videos of .* are training videos"):
+    with pytest.raises(NoSplit, match="all val videos of .* are training videos"):
         find_labelled(tmp_path / "set" / "train", "val", like=find_labelled(tmp_path / "set" / "train"))
     with pytest.raises(ValueError, match="no prepared set at"):
         find_labelled(f"file://{tmp_path}/videos")
