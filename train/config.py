@@ -95,6 +95,7 @@ class RunConfig:
     attention: str = (
         "auto"  # the back end: auto, sdpa, sdpa-flash, sdpa-cudnn, triton, flash-attn, flash-attn-4, xformers
     )
+    patience: float = 30.0  # minutes that the processes of a run wait for each other, while one validates or saves
     resume: str = (
         "auto"  # auto: go on where the run folder stopped; never: move the old run aside; PATH: from that checkpoint
     )
@@ -112,6 +113,7 @@ class RunConfig:
             self.micro_batch is None or self.micro_batch >= 1, f"micro-batch must be at least 1; got {self.micro_batch}"
         )
         check(-(2**63) <= self.seed < 2**63, f"seed must fit 64 bits; got {self.seed}")
+        check(0 < self.patience < 1e6, f"patience must be positive, in minutes; got {self.patience}")
         check(self.resume != "", "resume must be auto, never, or the path of a checkpoint")
         check(self.workers is None or self.workers >= 0, f"workers must not be negative; got {self.workers}")
 

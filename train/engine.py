@@ -5,12 +5,14 @@ rounding. Graphs replay the whole step, masks and optimiser included: one start 
 one for the update, instead of hundreds; torch.compile fuses what PyTorch left apart.
 """
 
+import contextlib
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from kernels.launch import check
 from train.optim import Updater
@@ -33,18 +35,20 @@ class Engine:
         self._loss = torch.zeros((), device=updater.device)
         self._begins = True  # whether the next micro-batch is a step's first
 
-    def micro_batch(self, inputs: Mapping[str, Tensor], share: float) -> None:
-        """Add up gradients and loss of a part of the step: the objective of these inputs, times share."""
+    def micro_batch(self, inputs: Mapping[str, Tensor], share: float, last: bool = True) -> None:
+        """Add up gradients and loss of a part of the step: the objective of these inputs, times share. last: of this
+        step."""
         self._forward_backward(inputs, share, first=self._begins)
         self._begins = False
 
-    def update(self, step: int, *, grad_factor: float = 1.0, skip: bool = False) -> Tensor:
-        """New weights by the schedule's rate for this step, gradients times grad_factor; skip: the weights stay.
+    def update(self, step: int, *, real: int = 1, clips: int = 1) -> Tensor:
+        """New weights by the schedule's rate for this step, gradients as if all its clips had been read, and not only
+        the real ones; without a real one the weights stay.
 
         Returns [loss, gradient norm, 1.0 if one of them was not finite and the weights stayed], on the device.
         """
         self._updater.set_rate(step)
-        values = self._step(grad_factor, skip)
+        values = self._step(*_correction(real, clips))
         self._updater.optimizer.zero_grad(set_to_none=True)
         self._begins = True
         return values
@@ -62,6 +66,11 @@ class Engine:
         return torch.stack((self._loss * grad_factor, stats.grad_norm, stats.nonfinite))
 
 
+def _correction(real: int, clips: int) -> tuple[float, bool]:
+    """What a step's gradients are multiplied with, and whether it is none at all."""
+    return clips / real if 0 < real < clips else 1.0, real == 0
+
+
 class Compiled(Engine):
     """The objective, forward and backward, by torch.compile in one piece; the optimiser's fused kernel as it is."""
 
@@ -70,10 +79,59 @@ class Compiled(Engine):
     def __init__(self, objective: Objective, updater: Updater, backend: str = "inductor") -> None:
         super().__init__(torch.compile(objective, fullgraph=True, dynamic=False, backend=backend), updater)
 
-    def micro_batch(self, inputs: Mapping[str, Tensor], share: float) -> None:
+    def micro_batch(self, inputs: Mapping[str, Tensor], share: float, last: bool = True) -> None:
         # a number would be compiled in, and every other share anew
         self._forward_backward(inputs, torch.full((), share, device=self._updater.device), first=self._begins)
         self._begins = False
+
+
+class DataParallel(Engine):
+    """One of several processes that each compute a share of every step. PyTorch's DistributedDataParallel averages the
+    gradients, once a step, during its last backward pass; the first process's weights are everyone's."""
+
+    def __init__(self, objective: Objective, updater: Updater, model: nn.Module, stop: Sequence[int]) -> None:
+        """stop: the signals that this process got."""
+        device = updater.device
+        self._parallel = DistributedDataParallel(
+            _Part(objective, model),
+            device_ids=[device] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+        )
+        super().__init__(self._parallel, updater)
+        self._stop, self._processes = stop, distributed.get_world_size()
+
+    def micro_batch(self, inputs: Mapping[str, Tensor], share: float, last: bool = True) -> None:
+        # shares are of the whole step, and what is averaged is to be added up
+        scale = torch.full((), share * self._processes, device=self._updater.device)
+        with contextlib.nullcontext() if last else self._parallel.no_sync():
+            self._forward_backward(inputs, scale, first=self._begins)
+        self._begins = False
+
+    def update(self, step: int, *, real: int = 1, clips: int = 1) -> Tensor:
+        """As every engine's; real: of this process, clips: of all. Returns two values more: the clips that were not
+        read, and how many processes were asked to stop, of all of them."""
+        self._updater.set_rate(step)
+        numbers = (torch.full_like(self._loss, number) for number in (real, bool(self._stop)))
+        told = torch.stack((self._loss / self._processes, *numbers))
+        distributed.all_reduce(told)
+        loss, read, asked = told.unbind()
+        factor = clips / read.clamp_min(1)
+        stats = self._updater.step(loss, grad_factor=factor, skip=read == 0)
+        self._updater.optimizer.zero_grad(set_to_none=True)
+        self._begins = True
+        return torch.stack((loss * factor, stats.grad_norm, stats.nonfinite, clips - read, asked))
+
+
+class _Part(nn.Module):
+    """An objective as the module that DistributedDataParallel takes."""
+
+    def __init__(self, objective: Objective, model: nn.Module) -> None:
+        super().__init__()
+        # parameters alone: buffers are tables, which are everywhere the same
+        self._objective, self.weights = objective, nn.ParameterList(model.parameters())
+
+    def forward(self, **inputs: Any) -> Tensor:
+        return self._objective(**inputs)
 
 
 class Recorder(Protocol):
@@ -121,7 +179,7 @@ class Graphs(Engine):
         self._values = torch.zeros(3, device=updater.device)
         self._steps = 0
 
-    def micro_batch(self, inputs: Mapping[str, Tensor], share: float) -> None:
+    def micro_batch(self, inputs: Mapping[str, Tensor], share: float, last: bool = True) -> None:
         if not self._inputs:
             self._inputs = {name: torch.empty_like(x, device=self._share.device) for name, x in inputs.items()}
         for name, buffer in self._inputs.items():
@@ -137,8 +195,9 @@ class Graphs(Engine):
             self._play("further", lambda: self._forward_backward(self._inputs, self._share, first=False))
         self._begins = False
 
-    def update(self, step: int, *, grad_factor: float = 1.0, skip: bool = False) -> Tensor:
+    def update(self, step: int, *, real: int = 1, clips: int = 1) -> Tensor:
         self._updater.set_rate(step)
+        grad_factor, skip = _correction(real, clips)
         if grad_factor == 1.0 and not skip:
             self._play("update", lambda: self._values.copy_(self._step(1.0, False)))
         else:  # a clip could not be read: seldom enough to start kernel by kernel
@@ -164,9 +223,13 @@ class Graphs(Engine):
         self._graphs[name]()
 
 
-def check_engine(engine: EngineName, device: torch.device, recompute: str) -> None:
-    """ValueError when that engine cannot run there, or not with that recomputation."""
+def check_engine(engine: EngineName, device: torch.device, recompute: str, *, parallel: bool = False) -> None:
+    """ValueError when that engine cannot run there, or not with that recomputation, or not in several processes."""
     check(engine != "graph" or device.type == "cuda", "--engine graph captures CUDA graphs and needs a GPU; use eager")
+    check(
+        engine != "graph" or not parallel,
+        "--engine graph captures a step whose gradients stay in one process; use eager or compile with torchrun",
+    )
     check(
         engine != "compile" or recompute != "norms",
         "--engine compile chooses by itself which elementwise results to compute anew; "
@@ -181,3 +244,14 @@ def make_engine(name: EngineName, objective: Objective, updater: Updater) -> Eng
     if name == "graph":
         return Graphs(objective, updater, CudaRecorder(updater.device))
     return Engine(objective, updater)
+
+
+def make_parallel(
+    name: EngineName, objective: Objective, updater: Updater, model: nn.Module, stop: Sequence[int]
+) -> DataParallel:
+    """The engine of one of several processes; see `check_engine`. stop: the signals that this one got."""
+    if name == "compile":
+        objective = torch.compile(objective, fullgraph=True, dynamic=False)
+    engine = DataParallel(objective, updater, model, stop)
+    engine.fixed = name == "compile"
+    return engine

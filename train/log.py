@@ -1,30 +1,23 @@
-"""What a run says while it runs: the progress line, `metrics.jsonl`, TensorBoard, and the steps that were not finite.
-
-Scalars stay on the device until they have arrived on the host by themselves, a step or two later: no step waits for
-them.
-"""
+"""What a run says while it runs: the progress line, `metrics.jsonl`, TensorBoard, the steps that were not finite."""
 
 import contextlib
 import json
 import shutil
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from kernels.launch import check
+from train.arrivals import Arrivals
 from train.waiting import LIMIT, Supply, advice
 from videomae.data.loader import Effort
-
-_LAG = 2  # steps after which a scalar is waited for, if it has not arrived
 
 
 @dataclass(frozen=True)
@@ -47,8 +40,7 @@ class TooManyNonFinite(Exception):
 @dataclass
 class _Step:
     step: int
-    values: Tensor  # [loss, gradient norm, 1.0 if skipped], on the host
-    arrived: Any  # a CUDA event, or None
+    values: list[float]  # loss, gradient norm, 1.0 if skipped; once they have come
     lr: float
     clips: int
     skipped: int
@@ -58,8 +50,25 @@ class _Step:
     paths: Sequence[str]
 
 
-class RunLog:
-    """One run's reports; use it inside `with`."""
+class QuietLog:
+    """Of a process that leaves reports to the first one; use it inside `with`."""
+
+    def __enter__(self) -> "QuietLog":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def say(self, text: str) -> None:
+        """A line above the progress bar, where there is one."""
+        tqdm.write(text, file=sys.stderr)
+
+    def push(self, step: int, values: Tensor, **_: object) -> None: ...
+
+    def flush(self) -> None: ...
+
+
+class RunLog(QuietLog):
+    """One run's reports."""
 
     def __init__(
         self, out: Path, config: Logging, *, start: int, steps: int, max_nonfinite: int, supply: Supply
@@ -68,7 +77,7 @@ class RunLog:
         self._config, self._out, self._steps, self._max_nonfinite = config, out, steps, max_nonfinite
         # the first report tells of workers that were still starting; after that, advice is given once
         self._supply, self._advise, self._reports = supply, True, 0
-        self._pending: deque[_Step] = deque()
+        self._pending: Arrivals[_Step] = Arrivals()
         self._in_a_row = 0
         forget_after(out / "metrics.jsonl", start)
         forget_after(out / "nonfinite.jsonl", start)
@@ -89,20 +98,13 @@ class RunLog:
         )
         self._begin_window()
 
-    def __enter__(self) -> "RunLog":
-        return self
-
     def __exit__(self, *_: object) -> None:
         self._bar.close()
         self._metrics.close()
         if self._board is not None:
             self._board.close()
 
-    def say(self, text: str) -> None:
-        """A line above the progress bar."""
-        tqdm.write(text, file=sys.stderr)
-
-    def push(
+    def push(  # type: ignore[override]
         self,
         step: int,
         values: Tensor,
@@ -115,25 +117,16 @@ class RunLog:
         ready: float,
         paths: Sequence[str],
     ) -> None:
-        """Report a step, counted from 1. values: [loss, gradient norm, 1.0 if it was not finite], still on the device.
-        waited: seconds for data, asked for when the step is done; effort: what the workers spent on it; ready: finished
-        batches behind it.
+        """Report a step, counted from 1. values: what the engine's update returned, still on the device. skipped: of
+        this process's clips; values tell of all processes'. waited: seconds for data, asked for when the step is done;
+        effort: what the workers spent on it; ready: finished batches behind it.
 
         Raises TooManyNonFinite when such steps reach their limit in a row.
         """
-        arrived = None
-        if values.is_cuda:
-            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            values = host.copy_(values, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self._pending.append(_Step(step, values, arrived, lr, clips, skipped, waited, effort, ready, paths))
+        done = _Step(step, [], lr, clips, skipped, waited, effort, ready, paths)
         self._bar.update()
-        while self._pending and (self._pending[0].arrived is None or self._pending[0].arrived.query()):
-            self._consume(self._pending.popleft())
-        while len(self._pending) > _LAG:
-            self._pending[0].arrived.synchronize()
-            self._consume(self._pending.popleft())
+        for come, found in self._pending.push(done, values):
+            self._consume(come, found)
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -153,20 +146,19 @@ class RunLog:
 
     def flush(self) -> None:
         """Wait for and write all that is pending."""
-        while self._pending:
-            if self._pending[0].arrived is not None:
-                self._pending[0].arrived.synchronize()
-            self._consume(self._pending.popleft())
+        for come, found in self._pending.drain():
+            self._consume(come, found)
 
     def _begin_window(self) -> None:
         self._window: list[_Step] = []
         self._waited = 0.0
         self._since = time.monotonic()
 
-    def _consume(self, done: _Step) -> None:
-        loss, norm, nonfinite = done.values.tolist()
+    def _consume(self, done: _Step, values: list[float]) -> None:
+        done.values = values
+        loss, norm, nonfinite, *of_all = values
         self._waited += done.waited()
-        self._skipped += done.skipped
+        self._skipped += int(of_all[0]) if of_all else done.skipped
         self._in_a_row = self._in_a_row + 1 if nonfinite else 0
         if nonfinite:
             self._nonfinite += 1
@@ -190,7 +182,7 @@ class RunLog:
     def _report(self, done: _Step) -> None:
         elapsed = max(time.monotonic() - self._since, 1e-9)
         effort = reduce(Effort.plus, (s.effort for s in self._window))
-        finite = [s.values.tolist() for s in self._window if not s.values[2]]
+        finite = [s.values for s in self._window if not s.values[2]]
         entry: dict[str, Any] = {
             "step": done.step,
             "loss": _mean([values[0] for values in finite]),

@@ -1,16 +1,23 @@
 """The loop of every kind of training, top to bottom: batch, forward, loss, backward, update, report, save."""
 
+import contextlib
+import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from train import checkpoint
+from train.arrivals import LAG, Arrivals
 from train.cli import parse, refuse, user_errors
 from train.config import RunConfig
-from train.engine import Engine, make_engine
-from train.log import RunLog, TooManyNonFinite
+from train.distributed import World, is_of_others, joined, place
+from train.engine import Engine, make_engine, make_parallel
+from train.log import QuietLog, RunLog, TooManyNonFinite
 from train.picture import draw_curves
 from train.run import Run, prepare, say_plan
 from train.signals import stop_signals
@@ -21,6 +28,9 @@ from videomae.data.feed import OnDevice, feed
 from videomae.data.loader import NO_EFFORT, Loader
 
 C = TypeVar("C", bound=RunConfig)
+
+# seconds after which a process that is not the first tells of its error: that of the first, the same mostly, ends all
+_LATER = 5
 
 
 def command(
@@ -36,19 +46,41 @@ def command(
     arguments = sys.argv[1:] if arguments is None else arguments
     config = _one_length(parse(arguments, recipes, "demo", prog=prog, about=about), recipes, prog)
     try:
-        with user_errors(prog):
-            run, resumed_from = prepare(make(config))
-        say_plan(run, resumed_from)
-        return train(run)
+        with contextlib.ExitStack() as stack:
+            with user_errors(prog):
+                world = stack.enter_context(joined(config.device, config.patience))
+                with _first_speaks(world):
+                    run, resumed_from = prepare(make(config), world)
+                    say_plan(run, resumed_from)
+            return train(run)
     except (TooManyUnreadable, TooManyNonFinite, checkpoint.Damaged, checkpoint.CannotSave) as error:
         print(f"{prog}: stopped: {error}", file=sys.stderr)
         return 1
     except OSError as error:  # a full disk, most of all; the last checkpoint is whole
         print(f"{prog}: stopped: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if not is_of_others(error):
+            raise
+        print(f"{prog}: stopped: {place().name}: another process is gone, or hangs: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"{prog}: stopped at once", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+@contextlib.contextmanager
+def _first_speaks(world: World) -> Iterator[None]:
+    """Inside, only the first process says anything; an error of another comes after the first one's, which ends all."""
+    if world.is_first:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        try:
+            yield
+        except Exception:
+            time.sleep(_LATER)
+            raise
 
 
 def _one_length(config: C, recipes: dict[str, Callable[[], C]], prog: str) -> C:
@@ -65,13 +97,12 @@ def train(run: Run) -> int:
     """The loop; returns the exit code."""
     config, verb, steps, done = run.config, run.verb, run.schedule.steps, run.start
     if done >= steps and not verb.is_incomplete(run):
-        return _finish(run, done, "Already finished", [])
+        return _finish(run, done, "Already finished", []) if run.world.is_first else 0
     order = Order(len(run.videos), config.seed, config.data.views_per_decode)
-    skipped = Skipped(run.out / "skipped.jsonl", run.videos.paths, done)
-    log = RunLog(
-        run.out, config.log, start=done, steps=steps, max_nonfinite=config.optim.max_nonfinite, supply=run.supply
-    )
-    first = verb.first(run)
+    world = run.world
+    skipped = Skipped(run.out / "skipped.jsonl", run.videos.paths, done, world.rank)
+    log = _log(run)
+    first = verb.first(run) if world.is_first else []
     loader = Loader(
         verb.reader(),
         run.videos.paths,
@@ -82,20 +113,24 @@ def train(run: Run) -> int:
         known_skips=skipped.known,
         cache=run.cache,
     )
-    engine = make_engine(config.engine, run.objective, run.updater)
     with stop_signals() as stop, log, loader, feed(loader, run.device, log.say) as batches:
+        engine = _engine(run, stop)
         if first:
             verb.keep(next(batches))
-        verb.begin(run, log)
-        saved = done if done else None
+        if isinstance(log, RunLog):
+            verb.begin(run, log)
+        saved, asked = done if done else None, Asked(stop, world)
         try:
-            while done < steps and not stop:
-                report = _step(run, engine, done, batches, skipped, log, stop)
+            while done < steps and not asked.after(done):
+                report = _step(run, engine, done, batches, skipped, log, asked)
                 if report is None:
                     break
                 done += 1
-                verb.after_update(run, done)
+                asked.see(done, report["values"])
                 log.push(done, **report)
+                if not isinstance(log, RunLog):
+                    continue
+                verb.after_update(run, done)
                 if done % config.checkpoint.every == 0 or done == steps:
                     log.flush()
                     _save(run, done)
@@ -103,14 +138,41 @@ def train(run: Run) -> int:
                 verb.after_step(run, log, done)
         finally:
             # stopped by a signal, by unreadable videos, by steps that were not finite: what was learned so far is sound
-            if saved != done and not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+            if world.is_first and saved != done and not isinstance(sys.exc_info()[1], KeyboardInterrupt):
                 _save(run, done)
                 log.flush()
-    return _finish(run, done, "Finished", stop)
+    world.meet()
+    return _finish(run, done, "Finished", stop) if world.is_first else _code(run, done, stop)
+
+
+class Asked:
+    """Whether the run is to stop. Alone, a process knows by itself; several stop after the same step, LAG after the one
+    in which they told each other."""
+
+    def __init__(self, stop: list[int], world: World) -> None:
+        """stop: the signals that this process got."""
+        self._stop, self._is_alone = stop, world.group is None
+        self._told: Arrivals[int] = Arrivals()
+        self._since: int | None = None  # the step
+
+    def at_once(self) -> bool:
+        """Within a step, which the others could not finish without this process."""
+        return self._is_alone and bool(self._stop)
+
+    def after(self, done: int) -> bool:
+        return self.at_once() or (self._since is not None and done >= self._since + LAG)
+
+    def see(self, done: int, values: Tensor) -> None:
+        """What the engine returned for a step."""
+        if self._is_alone:
+            return
+        for step, (*_, asked) in self._told.push(done, values):
+            if asked and self._since is None:
+                self._since = step
 
 
 def _step(
-    run: Run, engine: Engine, step: int, batches: Iterator[OnDevice], skipped: Skipped, log: RunLog, stop: list[int]
+    run: Run, engine: Engine, step: int, batches: Iterator[OnDevice], skipped: Skipped, log: QuietLog, asked: Asked
 ) -> dict[str, Any] | None:
     """One update: micro-batches forward and backward, then the optimiser. step counts from 0.
 
@@ -120,8 +182,8 @@ def _step(
     real, lost, ready, effort = 0, 0, 0, NO_EFFORT
     paths: list[str] = []
     waits: list[Callable[[], float]] = []
-    for _ in range(run.plan.accumulation):
-        if stop:
+    for part in range(run.plan.accumulation):
+        if asked.at_once():
             return None
         fed = next(batches)
         batch = fed.batch
@@ -136,10 +198,9 @@ def _step(
         if batch.skips or engine.fixed:
             inputs["weight"] = fed.weight
         # the micro-batch's share of the step, as if all clips were real; corrected below when some are not
-        engine.micro_batch(inputs, micro_real / clips)
-    factor = clips / real if 0 < real < clips else 1.0
+        engine.micro_batch(inputs, micro_real / clips, last=part + 1 == run.plan.accumulation)
     return {
-        "values": engine.update(step, grad_factor=factor, skip=real == 0),
+        "values": engine.update(step, real=real, clips=clips),
         "lr": run.schedule.at(step),
         "clips": clips,
         "skipped": lost,
@@ -151,12 +212,33 @@ def _step(
 
 
 def _batches(run: Run, order: Order, first: list[Sample]) -> Iterator[list[Sample]]:
-    """The clips that are read first, then every micro-batch of the run from where it starts."""
+    """The clips that are read first, then this process's micro-batches of the run from where it starts."""
     if first:
         yield first
-    micro = run.plan.micro_batch
+    micro, processes = run.plan.micro_batch, run.plan.processes
     for k in range(run.start * run.plan.accumulation, run.schedule.steps * run.plan.accumulation):
-        yield order.samples(k * micro, micro)
+        # neighbours in the order are neighbours in rank: a step has the same clips whatever the number of processes
+        yield order.samples((k * processes + run.world.rank) * micro, micro)
+
+
+def _log(run: Run) -> QuietLog:
+    if not run.world.is_first:
+        return QuietLog()
+    config = run.config
+    return RunLog(
+        *(run.out, config.log),
+        start=run.start,
+        steps=run.schedule.steps,
+        max_nonfinite=config.optim.max_nonfinite,
+        supply=run.supply,
+    )
+
+
+def _engine(run: Run, stop: list[int]) -> Engine:
+    name = run.config.engine
+    if run.world.group is None:
+        return make_engine(name, run.objective, run.updater)
+    return make_parallel(name, run.objective, run.updater, run.model, stop)
 
 
 def _save(run: Run, done: int) -> None:
@@ -171,7 +253,7 @@ def _finish(run: Run, done: int, how: str, stop: list[int]) -> int:
         print(
             f"\nStopped at step {done} of {run.schedule.steps}, checkpoint saved. The same command goes on from there."
         )
-        return 128 + stop[0]
+        return _code(run, done, stop)
     at = run.out / "checkpoints" / f"step_{done}"
     print(f"\n{how}: {done} steps, {done * run.plan.clips:,} clips.")
     print(f"  checkpoint      {at}")
@@ -180,3 +262,8 @@ def _finish(run: Run, done: int, how: str, stop: list[int]) -> int:
     for line in run.verb.results(run, at):
         print(f"  {line}")
     return 0
+
+
+def _code(run: Run, done: int, stop: list[int]) -> int:
+    # where only another process was told to stop, as SIGTERM tells
+    return 0 if done >= run.schedule.steps else 128 + (stop[0] if stop else signal.SIGTERM)

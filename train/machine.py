@@ -13,17 +13,23 @@ from videomae.data.pool import available_cpus
 SHARE = {"cuda": 0.85, "cpu": 0.5}
 
 
-def decoding_cores(device: torch.device) -> int:
-    """Cores that may decode: a GPU waits for as many as there are; a CPU that trains needs half of them itself."""
-    cpus = available_cpus()
+def decoding_cores(device: torch.device, processes: int = 1) -> int:
+    """Cores that may decode for one of so many processes: a GPU waits for as many as there are; a CPU that trains needs
+    half of them itself."""
+    cpus = available_cpus() // processes
     return max(cpus - 1 if device.type == "cuda" else cpus // 2, 1)
 
 
-def pick_device(wanted: str | None) -> torch.device:
-    """cuda where there is one, else cpu; ValueError when cuda is asked for and there is none."""
+def pick_device(wanted: str | None, number: int | None = None) -> torch.device:
+    """cuda where there is one, else cpu; number: which of the machine's GPUs, the current one if not given. ValueError
+    when cuda is asked for and there is none, or not so many."""
     has_gpu = torch.cuda.is_available()
     check(wanted != "cuda" or has_gpu, "no GPU that torch can use; --device cpu, or install the CUDA build of torch")
-    return torch.device(wanted or ("cuda" if has_gpu else "cpu"))
+    if number is None or (wanted or "cuda") == "cpu" or not has_gpu:
+        return torch.device(wanted or ("cuda" if has_gpu else "cpu"))
+    count = torch.cuda.device_count()
+    check(number < count, f"process {number} of this machine has no GPU: there are {count}; --nproc-per-node {count}")
+    return torch.device("cuda", number)
 
 
 def free_memory(device: torch.device) -> int:
@@ -44,9 +50,10 @@ def free_memory(device: torch.device) -> int:
     return free
 
 
-def memory_budget(device: torch.device) -> int:
-    """Bytes that a step may be planned to take: a share of the free ones."""
-    return int(free_memory(device) * SHARE[device.type])
+def memory_budget(device: torch.device, processes: int = 1) -> int:
+    """Bytes that a step may be planned to take, in each of the machine's processes: a share of the free ones."""
+    # every process has a GPU of its own, but none a CPU
+    return int(free_memory(device) * SHARE[device.type]) // (processes if device.type == "cpu" else 1)
 
 
 def bytes_text(size: int) -> str:

@@ -151,22 +151,23 @@ class Updater:
         for factor, rate in self._rates.items():
             rate.fill_(factor * self._schedule.at(step))
 
-    def step(self, loss: Tensor, *, grad_factor: float = 1.0, skip: bool = False) -> StepStats:
-        """Update the weights at the rate that was set, gradients times grad_factor. The gradients stay.
+    def step(self, loss: Tensor, *, grad_factor: float | Tensor = 1.0, skip: bool | Tensor = False) -> StepStats:
+        """Update the weights at the rate that was set, gradients times grad_factor. The gradients stay. Both may be
+        scalars on the device.
 
         Where the loss or a gradient is not finite, the device leaves weights and optimiser as they are, without asking
         the host; and so for skip, of a step without a single clip.
         """
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if grad_factor != 1.0:
+        if isinstance(grad_factor, Tensor) or grad_factor != 1.0:
             torch._foreach_mul_(gradients, grad_factor)
         norm = get_total_norm(gradients)
         nonfinite = (~(norm.isfinite() & loss.isfinite())).float()
         if self._config.clip_grad is not None:
             clip_grads_with_norm_(self.parameters, self._config.clip_grad, norm)
         # what GradScaler tells a fused optimiser, for every precision
-        found_inf = torch.ones_like(nonfinite) if skip else nonfinite
+        found_inf = nonfinite.logical_or(skip).float() if isinstance(skip, Tensor) else nonfinite.clamp_min(float(skip))
         self.optimizer.found_inf, self.optimizer.grad_scale = found_inf, None  # type: ignore[attr-defined]
         self.optimizer.step()
         self.scaler.update()

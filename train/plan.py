@@ -27,25 +27,34 @@ PROG = "python -m train.plan"
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """clips = micro_batch * accumulation, all on one device; peak_bytes: of a step, estimated."""
+    """clips = micro_batch * accumulation * processes; peak_bytes: of a step, estimated."""
 
     clips: int
-    micro_batch: int
+    micro_batch: int  # clips on one device at a time
     peak_bytes: int
     fits: bool  # in the share of the free memory that a step may take
+    processes: int = 1
 
     @property
     def accumulation(self) -> int:
-        return self.clips // self.micro_batch
+        return self.clips // (self.micro_batch * self.processes)
 
 
 def plan_batch(
-    clips: int, work: Workload, *, budget: int, micro_batch: int | None = None, together: int = 1
+    clips: int,
+    work: Workload,
+    *,
+    budget: int,
+    micro_batch: int | None = None,
+    together: int = 1,
+    processes: int = 1,
+    at_most: int | None = None,
 ) -> BatchPlan:
     """The fewest micro-batches of equal size whose step takes at most budget bytes; the smallest possible if none does.
 
-    micro_batch: asked for by hand; together: clips that must be in one micro-batch. ValueError unless together divides
-    micro_batch, and that clips.
+    micro_batch: asked for by hand; together: clips that must be in one micro-batch; processes: that share a step's
+    clips equally; at_most: the largest micro-batch, where budget is not to decide. ValueError unless together divides
+    micro_batch, and that each process's clips.
     """
     check(clips >= 1, f"batch size must be at least 1; got {clips}")
     check(
@@ -53,22 +62,30 @@ def plan_batch(
         f"a step's {clips} clips cannot be mixed in groups of {together}: --batch-size must be a multiple, or "
         "--mix.group another",
     )
+    groups = f" in groups of {together}" if together > 1 else ""
+    check(
+        clips % (processes * together) == 0,
+        f"a step's {clips} clips cannot be shared equally by {processes} processes{groups}: give another --batch-size",
+    )
+    own = clips // processes
     if micro_batch is None:
         whole = replace(work, accumulates=False)
         parts = replace(work, accumulates=True)
-        sizes = (clips // n for n in range(1, clips // together + 1) if clips % (n * together) == 0)
-        fitting = (n for n in sizes if estimate(whole if n == clips else parts, n).peak <= budget)
-        micro_batch = next(fitting, together)
+        sizes = [own // n for n in range(1, own // together + 1) if own % (n * together) == 0]
+        fitting = (n for n in sizes if estimate(whole if n == own else parts, n).peak <= budget)
+        wanted = fitting if at_most is None else (n for n in sizes if n <= at_most)
+        micro_batch = next(wanted, together)
+    among = "" if processes == 1 else f" in each of {processes} processes"
     check(
-        micro_batch >= 1 and clips % micro_batch == 0,
-        f"micro-batch {micro_batch} does not divide a step's {clips} clips",
+        micro_batch >= 1 and own % micro_batch == 0,
+        f"micro-batch {micro_batch} does not divide a step's {own} clips{among}",
     )
     check(
         micro_batch % together == 0,
         f"micro-batch {micro_batch} would part the {together} clips that are mixed with each other",
     )
-    peak = estimate(replace(work, accumulates=micro_batch < clips), micro_batch).peak
-    return BatchPlan(clips, micro_batch, peak, peak <= budget)
+    peak = estimate(replace(work, accumulates=micro_batch < own), micro_batch).peak
+    return BatchPlan(clips, micro_batch, peak, peak <= budget, processes)
 
 
 def workload(config: PretrainConfig, num_parameters: int, precision: str, device_type: str = "cuda") -> Workload:

@@ -16,10 +16,12 @@ from kernels.launch import check
 from train import checkpoint, record
 from train.cli import flat
 from train.config import Data, RunConfig
+from train.distributed import ALONE, World
 from train.engine import Objective, check_engine
 from train.machine import bytes_text, decoding_cores, memory_budget, pick_device
 from train.optim import PRECISIONS, Schedule, Updater, resolve_precision, schedule
 from train.plan import BatchPlan, plan_batch
+from train.skipped import merge_parts
 from train.verb import Verb
 from train.waiting import Supply
 from videomae.attention import Choice, choose
@@ -36,7 +38,7 @@ from videomae.data.torchcodec_reader import check_parity
 # still to come; micro_batch, device and how a step is computed the rounding, and the first two what drop path draws
 _FREE = (
     *("data.path", "data.val", "data.cache", "data.cache_gb", "validate_every"),
-    *("out", "epochs", "steps", "micro_batch", "workers", "device", "resume", "optim.max_nonfinite"),
+    *("out", "epochs", "steps", "micro_batch", "workers", "device", "patience", "resume", "optim.max_nonfinite"),
     "precision",  # told apart by what it comes to
     *("engine", "attention", "model.recompute", "model.short_last_layer"),
 )
@@ -61,6 +63,7 @@ class Run:
     updater: Updater
     attention: dict[str, Choice]  # of each part of the model
     start: int  # steps done before
+    world: World = ALONE
 
     @property
     def cache(self) -> storage.CacheConfig | None:
@@ -73,7 +76,7 @@ class Run:
         config, url = self.config, self.config.data.path or ""
         return Supply(
             self.workers,
-            decoding_cores(self.device),
+            decoding_cores(self.device, self.world.local_size),
             config.data.views_per_decode,
             config.loader.batches_ahead,
             stored=is_locator(self.videos.paths[0]),
@@ -94,22 +97,27 @@ class Run:
         }
 
 
-def prepare(verb: Verb) -> tuple[Run, Path | None]:
+def prepare(verb: Verb, world: World = ALONE) -> tuple[Run, Path | None]:
     """Everything that can be refused, before the first clip is decoded; and the checkpoint that the run goes on from.
 
     Raises ValueError for what the user can mend.
     """
     config = verb.config
-    device = pick_device(config.device)
-    check_engine(config.engine, device, verb.recompute)
+    device = pick_device(config.device, None if world.group is None else world.local_rank)
+    check_engine(config.engine, device, verb.recompute, parallel=world.group is not None)
     precision = resolve_precision(config.precision, device)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(available_cpus())
+        torch.set_num_threads(max(available_cpus() // world.local_size, 1))
     attention = _attention(verb, device, PRECISIONS[precision] or torch.float32)
-    videos = verb.find_videos()
+    with world.in_turn():
+        videos = verb.find_videos()
     out = Path(config.out or f"runs/{verb.name}-{config.recipe}")
     check(not out.exists() or out.is_dir(), f"{out} is a file; --out is a folder for the run")
-    found = _find_checkpoint(verb, out, videos, precision)
+    # the first process chooses, and warns of what is damaged
+    found = _find_checkpoint(verb, out, videos, precision) if world.is_first else None
+    path = world.from_first(found[0] if found else None)
+    if path is not None and found is None:
+        found = path, checkpoint.read_state(path)
 
     torch.manual_seed(config.seed)
     model = verb.build()
@@ -117,13 +125,19 @@ def prepare(verb: Verb) -> tuple[Run, Path | None]:
         verb.initialize(model)
     model = model.to(device)
     set_attention(model, config.attention)
-    micro_batch = config.micro_batch
-    if micro_batch is None and found and config.resume == "auto":
-        micro_batch = found[1]["micro_batch"]  # memory may be another today; the same run takes the same sums
     work = verb.workload(sum(p.numel() for p in model.parameters()), precision, device.type)
-    budget = memory_budget(device)
-    plan = plan_batch(config.clips_per_step, work, budget=budget, micro_batch=micro_batch, together=verb.together)
+    plan = plan_batch(
+        config.clips_per_step,
+        work,
+        budget=world.least(memory_budget(device, world.local_size)),
+        micro_batch=config.micro_batch,
+        together=verb.together,
+        processes=world.size,
+        # memory may be another today; the same run takes the same sums
+        at_most=found[1]["micro_batch"] if found and config.resume == "auto" else None,
+    )
     lengths = _schedule(config, len(videos))
+    world.check_same(settings=_without_place(config), videos=verb.fingerprint(videos), plan=plan, schedule=lengths)
     updater = Updater(model, config.optim, lengths, precision, device)
     start = 0
     if found:
@@ -133,20 +147,33 @@ def prepare(verb: Verb) -> tuple[Run, Path | None]:
         verb.load_extra_state(path, state, model)
         torch.set_rng_state(state["rng"])
         start = state["step"]
-    workers = config.workers if config.workers is not None else decoding_cores(device)
+    workers = config.workers if config.workers is not None else decoding_cores(device, world.local_size)
     objective = verb.objective(model, precision)
     run = Run(
         *(verb, config, out, videos, device, precision, workers, plan, lengths, model, objective, updater),
-        *(attention, start),
+        *(attention, start, world),
     )
-    verb.ready(run)
-    if config.resume == "never":
-        record.move_aside(out)
-    if not found:
-        (out / "skipped.jsonl").unlink(missing_ok=True)  # of a run that never reached a checkpoint
-    checkpoint.set_aside_after(out / "checkpoints", start)
-    record.write_config(out, flat(config), _facts(run), resumed_at=start if found else None)
-    return run, found[0] if found else None
+    if world.is_first:
+        verb.ready(run)
+        _begin_folder(run, is_new=not found)
+    world.meet()
+    return run, path
+
+
+def _begin_folder(run: Run, *, is_new: bool) -> None:
+    if run.config.resume == "never":
+        record.move_aside(run.out)
+    if is_new:
+        (run.out / "skipped.jsonl").unlink(missing_ok=True)  # of a run that never reached a checkpoint
+    merge_parts(run.out / "skipped.jsonl", run.start)
+    checkpoint.set_aside_after(run.out / "checkpoints", run.start)
+    record.write_config(run.out, flat(run.config), _facts(run), resumed_at=None if is_new else run.start)
+
+
+def _without_place(config: RunConfig) -> dict[str, Any]:
+    """The settings that all processes of a run must share: machines may differ in where data lies, and in cores."""
+    own = ("data.path", "data.val", "data.cache", "data.cache_gb", "workers", "device")
+    return {name: value for name, value in flat(config).items() if name not in own}
 
 
 def warn_of(videos: VideoList) -> None:
@@ -273,6 +300,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "clips_per_step": run.plan.clips,
         "micro_batch": run.plan.micro_batch,
         "accumulation": run.plan.accumulation,
+        "processes": run.plan.processes,
         "peak_bytes": run.plan.peak_bytes,
         "attention": {name: f"{choice.name} ({choice.why})" for name, choice in run.attention.items()},
         "workers": run.workers,
@@ -286,8 +314,9 @@ def say_plan(run: Run, resumed_from: Path | None) -> None:
     config, views = run.config, run.config.data.views_per_decode
     if run.device.type == "cuda":
         count = torch.cuda.device_count()
+        alone = run.world.group is None and count > 1
         device = torch.cuda.get_device_name(run.device) + (
-            f" (1 of {count}: one process uses one)" if count > 1 else ""
+            f" (1 of {count}: torchrun --nproc-per-node {count} -m train.{run.verb.name} uses all)" if alone else ""
         )
     else:
         device = f"cpu, {torch.get_num_threads()} threads"
@@ -308,6 +337,7 @@ def say_plan(run: Run, resumed_from: Path | None) -> None:
     print(
         f"batch     {run.plan.clips} clips a step = "
         f"{run.plan.micro_batch} at a time x {run.plan.accumulation} accumulated"
+        + (f" x {run.plan.processes} processes" if run.world.group is not None else "")
         + (f" ({config.batch_size} {run.verb.unit} x {views} views)" if views > 1 else "")
     )
     recomputed = "" if run.verb.recompute == "none" else f", {run.verb.recompute} computed anew"

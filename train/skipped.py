@@ -15,6 +15,21 @@ _SHARE, _FILES = 0.01, 10
 _IN_A_ROW = 100
 
 
+def part_of(path: Path, rank: int) -> Path:
+    """What a process but the first writes."""
+    return path.with_suffix(f".{rank}{path.suffix}")
+
+
+def merge_parts(path: Path, start: int) -> None:
+    """The parts of earlier processes into the record, of steps up to start."""
+    for part in sorted(path.parent.glob(f"{path.stem}.*{path.suffix}")):
+        lines = part.read_text().splitlines(keepends=True)
+        with path.open("a") as record:
+            record.writelines(line for line in lines if line.endswith("\n"))
+        part.unlink()
+    forget_after(path, start)
+
+
 class TooManyUnreadable(Exception):
     """So many videos cannot be read that something else must be wrong; the message lists them."""
 
@@ -22,10 +37,11 @@ class TooManyUnreadable(Exception):
 class Skipped:
     """Skips of the whole run, and the files of which this part of it could read no clip."""
 
-    def __init__(self, path: Path, paths: Sequence[str], start: int) -> None:
+    def __init__(self, path: Path, paths: Sequence[str], start: int, rank: int = 0) -> None:
         """path: the record. start: steps done before; what was skipped in them is replayed, what came later tried
-        again."""
-        forget_after(path, start)
+        again. rank: of several processes; all but the first write to a part of the record of their own."""
+        if rank == 0:
+            merge_parts(path, start)
         self._path, self._num_videos = path, len(set(paths))
         self.known: dict[Sample, str] = {}
         self._lost: dict[str, str] = {}  # path -> reason
@@ -35,6 +51,8 @@ class Skipped:
         for line in path.read_text().splitlines() if path.exists() else []:
             entry = json.loads(line)
             self.known[Sample(entry["epoch"], entry["index"], entry["view"])] = entry["reason"]
+        if rank > 0:
+            self._path = part_of(path, rank)
 
     def see(self, samples: Iterable[Sample], skips: Iterable[Skip], step: int) -> list[Skip]:
         """Record a batch; returns the first skip of each file that was not known to be bad.

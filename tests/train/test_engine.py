@@ -97,7 +97,7 @@ def test_a_step_with_an_unreadable_clip_is_corrected_outside_the_graph():
                 batch["weight"][1] = 0
                 batch["frames"][1] = 0
             engine.micro_batch(batch, 3 / 4 if lost else 1.0)
-            values = engine.update(step, grad_factor=4 / 3 if lost else 1.0)
+            values = engine.update(step, real=3 if lost else 4, clips=4)
         outcomes.append((values[None], dict(model.named_parameters())))
     assert_same(*outcomes)
 
@@ -112,7 +112,7 @@ def test_a_step_without_a_clip_changes_nothing_and_the_next_one_goes_on():
     empty = next(data)
     empty["weight"].zero_()
     engine.micro_batch(empty, 0.0)
-    assert engine.update(WARM_UP + 1, skip=True)[2] == 0
+    assert engine.update(WARM_UP + 1, real=0)[2] == 0
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     engine.micro_batch(next(data), 1.0)
     engine.update(WARM_UP + 2)
