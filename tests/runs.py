@@ -1,5 +1,6 @@
 """Short pre-training runs for tests, in this process or one of their own, and what they leave behind."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from train.checkpoint import _sums
 from train.pretrain import main
 
 FAST = "--model.size vit_tiny --model.frames 4 --model.image-size 16 --model.cube 2 8 8 --model.decoder-depth 1"
@@ -31,6 +33,15 @@ def metrics(out):
 
 def weights(out, step):
     return load_file(Path(out) / "checkpoints" / f"step_{step}" / "model.safetensors")
+
+
+@contextlib.contextmanager
+def changed_state(checkpoint):
+    """The training state in a checkpoint, to be changed inside."""
+    state = torch.load(checkpoint / "state.pt", weights_only=True)
+    yield state
+    torch.save(state, checkpoint / "state.pt")
+    (checkpoint / "files.json").write_text(json.dumps(_sums(checkpoint)))
 
 
 def assert_same(first, second):

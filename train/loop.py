@@ -120,6 +120,7 @@ def train(run: Run) -> int:
         if isinstance(log, RunLog):
             verb.begin(run, log)
         saved, asked = done if done else None, Asked(stop, world)
+        saver = checkpoint.Saver(run.out / "checkpoints", config.checkpoint, log.say)
         try:
             while done < steps and not asked.after(done):
                 report = _step(run, engine, done, batches, skipped, log, asked)
@@ -133,14 +134,16 @@ def train(run: Run) -> int:
                 verb.after_update(run, done)
                 if done % config.checkpoint.every == 0 or done == steps:
                     log.flush()
-                    _save(run, done)
+                    saver.save(_snapshot(run, done))
                     saved = done
                 verb.after_step(run, log, done)
         finally:
             # stopped by a signal, by unreadable videos, by steps that were not finite: what was learned so far is sound
-            if world.is_first and saved != done and not isinstance(sys.exc_info()[1], KeyboardInterrupt):
-                _save(run, done)
+            if world.is_first and not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+                if saved != done:
+                    saver.save(_snapshot(run, done))
                 log.flush()
+                saver.finish()
     world.meet()
     return _finish(run, done, "Finished", stop) if world.is_first else _code(run, done, stop)
 
@@ -241,9 +244,9 @@ def _engine(run: Run, stop: list[int]) -> Engine:
     return make_parallel(name, run.objective, run.updater, run.model, stop)
 
 
-def _save(run: Run, done: int) -> None:
-    folder, beside = run.out / "checkpoints", run.verb.extra_weights()
-    checkpoint.save(folder, done, run.model, run.state(), keep=run.config.checkpoint.keep, beside=beside)
+def _snapshot(run: Run, done: int) -> checkpoint.Snapshot:
+    models = {"model.safetensors": run.model, **run.verb.extra_weights()}
+    return checkpoint.take(done, models, run.updater.moments(), run.state())
 
 
 def _finish(run: Run, done: int, how: str, stop: list[int]) -> int:

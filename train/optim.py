@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from kernels.launch import check
+from train.moments import load_moments, moments_of
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -124,7 +125,7 @@ class Updater:
     def __init__(
         self, model: nn.Module, config: Optim, schedule: Schedule, precision: str, device: torch.device
     ) -> None:
-        self._config, self._schedule, self.device = config, schedule, device
+        self._config, self._schedule, self._model, self.device = config, schedule, model, device
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         layer_decay = config.layer_decay if isinstance(config, FinetuneOptim) else 1.0
         groups = parameter_groups(model, config.weight_decay, layer_decay)
@@ -173,15 +174,17 @@ class Updater:
         self.scaler.update()
         return StepStats(norm, nonfinite)
 
+    def moments(self) -> dict[str, Tensor]:
+        """What the optimiser remembers, by parameter."""
+        return moments_of(self._model, self.optimizer)
+
     def state_dict(self) -> dict:
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        """All else that a later run must know."""
+        return {"scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        # moments and counts; the settings are this run's: of this device, and as they were asked for
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)
+        """state: that of `state_dict`, and `moments` as optimizer."""
+        load_moments(self._model, self.optimizer, state["optimizer"])
         if self.scaler.is_enabled() and state["scaler"]:  # empty from a run that did not scale
             self.scaler.load_state_dict(state["scaler"])
 

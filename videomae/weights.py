@@ -11,7 +11,7 @@ the model takes in its metadata (`metadata.py`).
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -95,6 +95,16 @@ def model_from(source: str | Path | Mapping[str, Any]) -> tuple[VideoMAE | Encod
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
     """Write our own single file, atomically: official names, and in the metadata all that `model_from` needs."""
+    _writer_of(model, _tensors_of(model))(path)
+
+
+def copy_weights(model: nn.Module) -> Callable[[str | Path], None]:
+    """The weights as they are now, in memory of the host; to be called with the path that `save_weights` would write
+    to, whatever the model has become."""
+    return _writer_of(model, {name: x.detach().to("cpu", copy=True) for name, x in model.state_dict().items()})
+
+
+def _writer_of(model: nn.Module, tensors: dict[str, Tensor]) -> Callable[[str | Path], None]:
     kind, encoder = _parts(model)
     depth = len(model.decoder.blocks) if isinstance(model, VideoMAE) else None
     of_detector: dict[str, Any] = {}
@@ -103,8 +113,8 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
     stated = metadata.metadata_of(
         kind, encoder.size, encoder.input, decoder_depth=depth, classes=_classes_of(model), **of_detector
     )
-    tensors = _tensors_of(model)
-    write_atomically(Path(path), lambda file: save_file(tensors, file, stated))
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return lambda path: write_atomically(Path(path), lambda file: save_file(tensors, file, stated))
 
 
 def save_official(model: nn.Module, path: str | Path) -> None:
