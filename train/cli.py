@@ -69,7 +69,7 @@ def show_any_name() -> None:
 
 def refuse(prog: str, message: str) -> NoReturn:
     """One line on stderr, exit code 2."""
-    print(f"{prog}: error: {message}", file=sys.stderr)
+    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -1,15 +1,17 @@
 """Test a detector: `python -m train.detect --evaluate --weights W --data PATH`.
 
-Writes AVA's csv of detections, the table of frame mAP, and pictures of key frames.
+Writes AVA's csv of detections, the table of frame mAP, and pictures of key frames. Under torchrun the processes share
+the key frames, on a GPU each.
 """
 
+import contextlib
 import csv
 import json
-import signal
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,15 @@ import numpy as np
 
 from kernels.launch import check
 from train.box_picture import Boxed, draw_boxes
-from train.cli import flat, user_errors
+from train.cli import flat
 from train.detect_recipes import DETECT, DetectConfig
-from train.detection import Detections, NotFinite, inference_of, score_boxes
+from train.detection import AT_ONCE, Detections, NotFinite, Scored, inference_of, score_boxes
 from train.evaluation import weights_hash
 from train.inference import Inference, Reading, find_weights, name_of, read_model
 from train.progress import Progress
 from train.record import surroundings
 from train.run import check_reader, demo_scenes, warn_of
+from train.shares import Shares, command
 from train.signals import stop_signals
 from videomae.data import storage
 from videomae.data.box_rows import write_rows
@@ -63,6 +66,7 @@ class _Test:
     key_frames: KeyFrames
     reader: KeyFrameReader
     inference: Inference
+    shares: Shares
 
 
 def source_of(config: DetectConfig) -> str:
@@ -142,29 +146,32 @@ def read_detector(source: str) -> tuple[Detector, tuple[str, ...]]:
 def evaluate(config: DetectConfig, prog: str) -> int:
     """Run the test; returns its exit code: 0 done, 1 without a result, 2 wrong use, 130 and 143 stopped by Ctrl-C,
     SIGTERM."""
-    try:
-        with user_errors(prog):
-            test = _prepare(config)
-        _say_plan(test)
-        begin = time.monotonic()
-        with stop_signals("these key frames; once more to stop at once") as stop:
-            found, lost = _score(test, stop)
-        if stop:
+    work = partial(_evaluate, prog)
+    return command(partial(_prepare, config), work, prog=prog, device=config.device, stops=NotFinite)
+
+
+def _evaluate(prog: str, test: _Test) -> int:
+    _say_plan(test)
+    begin, shares = time.monotonic(), test.shares
+    with stop_signals("these key frames; once more to stop at once") as stop:
+        own = _score(test, stop)
+        if not shares.wait("scored", stop):
             print(f"{prog}: stopped, without a result", file=sys.stderr)
             return 128 + stop[0]
-        if lost and config.unreadable == "error":
-            return _refuse_unreadable(prog, lost, len(test.key_frames))
-        _report(test, found, lost, time.monotonic() - begin)
+        everyones = shares.gather(own)
+    if not shares.world.is_first:
         return 0
-    except (NotFinite, OSError) as error:
-        print(f"{prog}: stopped: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{prog}: stopped at once", file=sys.stderr)
-        return 128 + signal.SIGINT
+    found = Detections(test.key_frames)
+    for scored, _ in everyones:
+        found.add(scored)
+    lost = sorted((skip for _, skips in everyones for skip in skips), key=lambda skip: skip.sample.index)
+    if lost and test.config.unreadable == "error":
+        return _refuse_unreadable(prog, lost, len(test.key_frames))
+    _report(test, found, lost, time.monotonic() - begin)
+    return 0
 
 
-def _prepare(config: DetectConfig) -> _Test:
+def _prepare(config: DetectConfig, shares: Shares, _: contextlib.ExitStack) -> _Test:
     """Everything that can be refused, before the first clip is read."""
     _check_flags(config)
     weights = config.weights
@@ -196,10 +203,11 @@ def _prepare(config: DetectConfig) -> _Test:
         precision=config.precision,
         attention=config.attention,
         micro_batch=config.micro_batch,
+        world=shares.world,
     )
     out = Path(config.out or f"runs/evaluate-{name_of(weights)}")
     make_writable(out)
-    return _Test(config, out, weights, model, clip, key_frames, reader, inference)
+    return _Test(config, out, weights, model, clip, key_frames, reader, inference, shares)
 
 
 def clip_of(model: Detector, asked: KeyFrameClip, usual: KeyFrameClip) -> KeyFrameClip:
@@ -229,6 +237,7 @@ def _say_plan(test: _Test) -> None:
     print(f"weights   {test.weights} ({weights_hash(test.model)}): {len(frames.classes)} classes")
     print(
         f"data      {len(frames):,} key frames ({frames.fingerprint}), {frames.num_boxes:,} boxes {frames.boxes_from}"
+        f"{test.shares.said}"
     )
     print(f"clip      {test.model.input.frames} frames, {said(test.clip)}, whole frames")
     print(
@@ -237,15 +246,16 @@ def _say_plan(test: _Test) -> None:
     sys.stdout.flush()
 
 
-def _score(test: _Test, stop: list[int]) -> tuple[Detections, list[Skip]]:
-    found = Detections(test.key_frames)
-    lost: list[Skip] = []
-    reading = Reading(test.config.workers, test.config.loader)
-    with Progress(len(test.key_frames), unit="key frames") as progress:
+def _score(test: _Test, stop: list[int]) -> tuple[list[Scored], list[Skip]]:
+    """This process's share."""
+    shares, found, lost = test.shares, list[Scored](), list[Skip]()
+    mine = shares.take(len(test.key_frames), AT_ONCE)
+    reading = Reading(test.config.workers, test.config.loader, processes=shares.world.local_size)
+    with Progress(len(mine), unit=shares.unit("key frames")) as progress:
         for scored, skips in score_boxes(
-            test.inference, test.key_frames, test.reader, reading=reading, say=progress.say
+            test.inference, test.key_frames, test.reader, reading=reading, say=progress.say, indices=mine
         ):
-            found.add(scored)
+            found += scored
             lost += skips
             for skip in skips:
                 progress.say(f"unreadable: {skip.path}: {skip.reason}")

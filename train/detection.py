@@ -1,6 +1,6 @@
 """What a detector makes of key frames: a score for every class of every box, and what these are worth."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -18,6 +18,8 @@ from videomae.data.loader import Skip
 from videomae.detector import Detector
 from videomae.frame_map import AVA_GROUPS, Protocol
 from videomae.metrics import frame_map
+
+AT_ONCE = 16  # key frames
 
 
 class NotFinite(Exception):
@@ -38,14 +40,22 @@ def score_boxes(
     *,
     reading: Reading,
     say: Callable[[str], None],
+    indices: Sequence[int] | None = None,
 ) -> Iterator[tuple[list[Scored], tuple[Skip, ...]]]:
-    """The boxes of every key frame, about a batch at a time, and the key frames that could not be read.
+    """The boxes of every key frame, or of these, AT_ONCE at a time, and the key frames that could not be read.
 
     A score is the detector's times the model's (RECIPES H.4). Raises NotFinite.
     """
     paths = key_frames.videos.paths
     found = read_views(
-        reader, paths, range(len(paths)), views=1, device=inference.device, reading=reading, say=say, at_once=16
+        reader,
+        paths,
+        range(len(paths)) if indices is None else indices,
+        views=1,
+        device=inference.device,
+        reading=reading,
+        say=say,
+        at_once=AT_ONCE,
     )
     for views in found:
         yield (

@@ -1,22 +1,22 @@
 """Test a classifier: `python -m train.evaluate [RECIPE] --data PATH --weights W [--out DIR] [--views 5x3]`.
 
-Every video is decoded once for all its views, and counted once. Killed at any moment, the same command goes on; with
---shard i/n, n processes (on a GPU each, by CUDA_VISIBLE_DEVICES) share the work in one --out, and the last gives the
-result.
+Every video is decoded once for all its views, and counted once. Killed at any moment, the same command goes on. Under
+torchrun the processes share the work, on a GPU each; with --shard i/n, n commands do in one --out, at any time, and the
+last gives the result.
 """
 
+import contextlib
 import json
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from kernels.launch import check
-from train.cli import flat, parse, user_errors
+from train.cli import flat, parse
 from train.evaluation import (
     AS_TRAINED,
     EVALUATE,
@@ -34,6 +34,7 @@ from train.progress import Progress
 from train.record import surroundings
 from train.run import demo_list, warn_of
 from train.scores import Scores, draw_confusion, score, write_tables
+from train.shares import Shares, command
 from train.signals import stop_signals
 from videomae.classifier import Classifier
 from videomae.data import storage
@@ -62,6 +63,7 @@ class Evaluation:
     videos: LabelledVideos
     reader: ViewReader
     card: dict[str, Any]
+    shares: Shares
 
     @property
     def mine(self) -> range:
@@ -83,24 +85,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     about = "Test a classifier on labelled videos, over several views of each."
     config = parse(arguments, EVALUATE, AS_TRAINED, prog=PROG, about=about)
-    try:
-        with user_errors(PROG):
-            evaluation = prepare(config)
-            predictions = Predictions(evaluation.out, config.part, evaluation.model.head.out_features)
-        _say_protocol(evaluation)
-        return _evaluate(evaluation, predictions)
-    except NotFinite as error:
-        print(f"{PROG}: stopped: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"{PROG}: stopped: {error}; the same command goes on", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{PROG}: stopped at once; the same command goes on", file=sys.stderr)
-        return 128 + signal.SIGINT
+    after = "; the same command goes on"
+    return command(partial(_begin, config), _evaluate, prog=PROG, device=config.device, stops=NotFinite, after=after)
 
 
-def prepare(config: EvaluateConfig) -> Evaluation:
+def _begin(config: EvaluateConfig, shares: Shares, _: contextlib.ExitStack) -> tuple[Evaluation, Predictions]:
+    evaluation = prepare(replace(config, shard=shares.shard(config.shard)), shares)
+    return evaluation, Predictions(evaluation.out, evaluation.config.part, evaluation.model.head.out_features)
+
+
+def prepare(config: EvaluateConfig, shares: Shares) -> Evaluation:
     """Everything that can be refused, before the first video is read. Raises ValueError for what the user can mend."""
     path = config.data.path
     if path is None and config.recipe == "demo":
@@ -130,12 +124,13 @@ def prepare(config: EvaluateConfig) -> Evaluation:
         precision=config.precision,
         attention=config.attention,
         micro_batch=config.micro_batch,
+        world=shares.world,
     )
     card = protocol_card(model, reader, videos, average=config.average, precision=inference.precision)
     out = Path(config.out or f"runs/evaluate-{_name(config, weights)}")
     started = {"command": sys.argv, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "config": flat(config)}
     claim(out, card, {**started, **surroundings()})
-    return Evaluation(config, out, weights, model, inference, videos, reader, card)
+    return Evaluation(config, out, weights, model, inference, videos, reader, card, shares)
 
 
 def _name(config: EvaluateConfig, weights: str) -> str:
@@ -148,6 +143,7 @@ def _name(config: EvaluateConfig, weights: str) -> str:
 def _say_protocol(evaluation: Evaluation) -> None:
     config, card, inference = evaluation.config, evaluation.card, evaluation.inference
     part = f", part {config.shard}: {len(evaluation.mine):,}" if config.shard != "0/1" else ""
+    part = evaluation.shares.said or part
     print(f"evaluate  {evaluation.out}")
     print(f"weights   {evaluation.weights} ({card['weights']}): {card['classes']} classes")
     print(f"data      {config.data.path or 'data/demo'} ({card['list']}): {card['videos']:,} videos{part}")
@@ -159,18 +155,23 @@ def _say_protocol(evaluation: Evaluation) -> None:
     sys.stdout.flush()
 
 
-def _evaluate(evaluation: Evaluation, predictions: Predictions) -> int:
+def _evaluate(begun: tuple[Evaluation, Predictions]) -> int:
     """The loop, and what comes of it; the exit code."""
+    evaluation, predictions = begun
+    shares = evaluation.shares
+    _say_protocol(evaluation)
     with predictions, stop_signals() as stop:
         rows, retry = predictions.rows, evaluation.config.unreadable == "error"
         todo = [i for i in evaluation.mine if i not in rows or (retry and rows[i].unreadable is not None)]
         if len(todo) < len(evaluation.mine):
             done = len(evaluation.mine) - len(todo)
-            print(f"going on  {done:,} of {len(evaluation.mine):,} videos are done", flush=True)
+            print(f"going on  {done:,} of {len(evaluation.mine):,} {shares.unit('videos')} are done", flush=True)
         _predict(evaluation, predictions, todo, stop)
-        if stop:
+        if not shares.wait("predicted", stop):
             print("\nStopped; the same command goes on from here.")
             return 128 + stop[0]
+        if not shares.world.is_first:
+            return 0
         if not predictions.join(len(evaluation.videos)):
             return _report_part(evaluation, predictions)
     return _report(evaluation, predictions)
@@ -178,11 +179,12 @@ def _evaluate(evaluation: Evaluation, predictions: Predictions) -> int:
 
 def _predict(evaluation: Evaluation, predictions: Predictions, todo: Sequence[int], stop: list[int]) -> None:
     config, inference = evaluation.config, evaluation.inference
-    reading = Reading(config.workers, config.loader, config.data.kept)
+    reading = Reading(config.workers, config.loader, config.data.kept, evaluation.shares.world.local_size)
     # more processes than videos would only be started
     reading = replace(reading, workers=min(reading.workers_for(inference.device), len(todo)))
     paths, labels = evaluation.videos.videos.paths, evaluation.videos.labels
-    with Progress(len(evaluation.mine), len(evaluation.mine) - len(todo)) as progress:
+    unit = evaluation.shares.unit("videos")
+    with Progress(len(evaluation.mine), len(evaluation.mine) - len(todo), unit) as progress:
         videos = read_views(
             evaluation.reader,
             paths,

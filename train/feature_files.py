@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from kernels.launch import check
+from videomae.weight_files import write_atomically
 
 CARD = "features.json"
 _NAMES = {"float32": "F32", "float16": "F16", "float64": "F64", "int64": "I64"}  # safetensors'
@@ -72,13 +73,16 @@ class FeatureFile:
         self._temporary.unlink(missing_ok=True)
 
 
+def _name(stem: str, part: int, parts: int) -> str:
+    return f"{stem}.jsonl" if parts == 1 else f"{stem}-{part}-of-{parts}.jsonl"
+
+
 class Ledger:
     """Which videos are finished, and which could not be read, of one part of the work."""
 
     def __init__(self, out: Path, part: int, parts: int) -> None:
-        suffix = "" if parts == 1 else f"-{part}-of-{parts}"
-        self._out, self._index = out, out / f"index{suffix}.jsonl"
-        self.unreadable = out / f"unreadable{suffix}.jsonl"
+        self._out, self._index = out, out / _name("index", part, parts)
+        self.unreadable = out / _name("unreadable", part, parts)
         _drop_half_a_line(self._index)
         # by all parts, however many there were
         lines = (line for path in sorted(out.glob("index*.jsonl")) for line in _lines(path))
@@ -95,6 +99,31 @@ class Ledger:
     def add_unreadable(self, video: str, reason: str) -> None:
         self.num_unreadable += 1
         _append(self.unreadable, {"video": video, "reason": reason})
+
+
+def join_parts(out: Path, parts: int, order: Sequence[str]) -> Path:
+    """Make of the lists of all parts, which are done, those that one would have left, in the videos' order. Returns
+    where those stand that could not be read."""
+    index, lost = out / _name("index", 0, 1), out / _name("unreadable", 0, 1)
+    # of earlier commands too, which may have been shared otherwise; what they could not read was tried again
+    done = _in_order([index, *sorted(out.glob("index-*-of-*.jsonl"))], order)
+    unread = _in_order([out / _name("unreadable", part, parts) for part in range(parts)], order)
+    write_atomically(index, lambda file: file.write_text(done))
+    lost.unlink(missing_ok=True)
+    if unread:
+        write_atomically(lost, lambda file: file.write_text(unread))
+    for stem in ("index", "unreadable"):
+        for path in out.glob(f"{stem}-*-of-*.jsonl"):
+            path.unlink()
+    return lost
+
+
+def _in_order(paths: Sequence[Path], order: Sequence[str]) -> str:
+    """The last line of each video in these files."""
+    place = {video: number for number, video in enumerate(order)}
+    lines = {line["video"]: line for path in paths if path.exists() for line in _lines(path)}
+    found = sorted(lines.values(), key=lambda line: place.get(line["video"], len(place)))
+    return "".join(json.dumps(line) + "\n" for line in found)
 
 
 def _append(path: Path, line: Mapping[str, Any]) -> None:
@@ -140,9 +169,12 @@ def settle_card(out: Path, card: Mapping[str, Any]) -> None:
 @contextmanager
 def locked(out: Path, videos: range) -> Iterator[None]:
     """Hold these videos of the list while inside. Raises ValueError when another process holds one of them."""
+    if not videos:  # of more processes than videos
+        yield
+        return
     with (out / ".lock").open("ab") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, max(len(videos), 1), videos.start)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, len(videos), videos.start)
         except (BlockingIOError, PermissionError) as error:
             raise ValueError(f"another process is at work on some of these videos in {out}") from error
         except OSError as error:

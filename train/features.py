@@ -2,7 +2,7 @@
 
 Every video gets a file, DIR/its/path.mp4.safetensors, with its windows' features [windows, D] (--level token: [windows,
 N, D]), their first frames and their times. Killed at any moment, the command goes on where it was; the windows of a
-long video pass through memory a few at a time.
+long video pass through memory a few at a time. Under torchrun the processes share the videos, on a GPU each.
 """
 
 import contextlib
@@ -10,12 +10,11 @@ import hashlib
 import itertools
 import os
 import re
-import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -25,11 +24,12 @@ import tyro
 from tqdm import tqdm
 
 from kernels.launch import check
-from train.cli import parse_flags, user_errors
+from train.cli import parse_flags
 from train.evaluation import weights_hash
-from train.feature_files import FeatureFile, Ledger, begin_of, locked, settle_card
+from train.feature_files import FeatureFile, Ledger, begin_of, join_parts, locked, settle_card
 from train.inference import Inference, encoder_of, read_model
 from train.machine import decoding_cores
+from train.shares import Shares, command
 from videomae.data import storage
 from videomae.data.dataset import Sample, VideoList, find_videos
 from videomae.data.decode import Decoder, ReaderName
@@ -105,6 +105,7 @@ class Job:
     inference: Inference
     reader: WindowReader
     cache: storage.CacheConfig | None
+    shares: Shares
 
     @property
     def mine(self) -> range:
@@ -125,21 +126,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stopped by Ctrl-C."""
     about = "What a frozen model makes of every window of every video."
     config = parse_flags(sys.argv[1:] if arguments is None else arguments, FeaturesConfig, prog=PROG, about=about)
-    with contextlib.ExitStack() as held:
-        with user_errors(PROG):
-            job = prepare(config)
-            held.enter_context(locked(job.out, job.mine))
-        try:
-            return extract(job)
-        except (OSError, NotFinite) as error:
-            print(f"{PROG}: stopped: {error}; the same command goes on from here", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            print(f"\n{PROG}: stopped; the same command goes on from here", file=sys.stderr)
-            return 128 + signal.SIGINT
+    after = "; the same command goes on from here"
+    return command(partial(_begin, config), extract, prog=PROG, device=config.device, stops=NotFinite, after=after)
 
 
-def prepare(config: FeaturesConfig) -> Job:
+def _begin(config: FeaturesConfig, shares: Shares, held: contextlib.ExitStack) -> Job:
+    job = prepare(replace(config, shard=shares.shard(config.shard)), shares)
+    held.enter_context(locked(job.out, job.mine))
+    return job
+
+
+def prepare(config: FeaturesConfig, shares: Shares) -> Job:
     """Everything that can be refused. Raises ValueError."""
     folder = str(Path(config.cache).expanduser())
     cache = storage.CacheConfig(folder, config.cache_gb) if storage.is_url(config.videos) else None
@@ -158,11 +155,12 @@ def prepare(config: FeaturesConfig) -> Job:
         precision=config.precision,
         attention=config.attention,
         micro_batch=config.micro_batch,
+        world=shares.world,
     )
     reader = WindowReader(windows, encoder.input.size, Decoder(config.reader))
     out = Path(config.out).expanduser()
     check(not out.exists() or out.is_dir(), f"--out must be a folder; {out} is a file")
-    job = Job(config, out, _items(config.videos, videos), inference, reader, cache)
+    job = Job(config, out, _items(config.videos, videos), inference, reader, cache, shares)
     settle_card(out, _card(job))
     return job
 
@@ -220,10 +218,11 @@ def extract(job: Job) -> int:
     ledger = Ledger(job.out, *job.config.part)
     items = [job.items[number] for number in job.mine]
     todo = [item for item in items if not ledger.is_done(item.name)]
-    workers = decoding_cores(job.inference.device) if job.config.workers is None else job.config.workers
-    device = job.inference.device
+    device, shares, workers = job.inference.device, job.shares, job.config.workers
+    workers = decoding_cores(device, shares.world.local_size) if workers is None else workers
     kept = f"; {len(items) - len(todo):,} are done" if len(todo) < len(items) else ""
-    print(f"{len(items):,} videos{kept}; {device}, {job.inference.precision}, {workers} workers: {job.out}", flush=True)
+    what = f"{len(items):,} {shares.unit('videos')}{kept}{shares.said}"
+    print(f"{what}; {device}, {job.inference.precision}, {workers} workers: {job.out}", flush=True)
     readable: list[tuple[Item, Length]] = []
     for item, length in zip(todo, _lengths(job, todo, workers), strict=True):
         if length.unreadable is None:
@@ -231,10 +230,25 @@ def extract(job: Job) -> int:
         else:
             ledger.add_unreadable(item.name, length.unreadable)
     windows = _extract(job, readable, workers, ledger)
-    print(f"{len(todo) - ledger.num_unreadable:,} videos, {windows:,} windows: {job.out}")
-    if ledger.num_unreadable:
-        print(f"{ledger.num_unreadable:,} unreadable, listed in {ledger.unreadable}", file=sys.stderr)
-    return 1 if ledger.num_unreadable else 0
+    return _report(job, ledger, len(todo) - ledger.num_unreadable, windows)
+
+
+def _report(job: Job, ledger: Ledger, videos: int, windows: int) -> int:
+    """What was done, in the first of several processes by all; the exit code."""
+    shares, lost, listed = job.shares, ledger.num_unreadable, ledger.unreadable
+    shares.wait("extracted")
+    videos, windows, lost = map(sum, zip(*shares.gather((videos, windows, lost)), strict=True))
+    if shares.store is not None:
+        if shares.world.is_first:
+            listed = join_parts(job.out, job.config.part[1], [item.name for item in job.items])
+        # the others hold their videos until then: nobody begins with them
+        shares.wait("joined")
+    if not shares.world.is_first:
+        return 0
+    print(f"{videos:,} videos, {windows:,} windows: {job.out}")
+    if lost:
+        print(f"{lost:,} unreadable, listed in {listed}", file=sys.stderr)
+    return 1 if lost else 0
 
 
 def _lengths(job: Job, items: Sequence[Item], workers: int) -> list[Length]:

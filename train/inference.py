@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels.launch import check
 from train import checkpoint
+from train.distributed import ALONE, World
 from train.machine import decoding_cores, memory_budget, pick_device
 from train.optim import PRECISIONS, resolve_precision
 from videomae.attention import choose
@@ -78,12 +79,13 @@ class Inference:
         attention: str = "auto",
         micro_batch: int | None = None,
         cubes: int | None = None,
+        world: World = ALONE,
     ) -> None:
         """micro_batch: clips at a time; by the free memory if not given. cubes: of the largest clip; the model's own if
-        not given. ValueError for what this machine lacks."""
-        self.device = pick_device(device)
+        not given. world: the processes that share this machine. ValueError for what it lacks."""
+        self.device = pick_device(device, None if world.group is None else world.local_rank)
         if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(available_cpus())
+            torch.set_num_threads(max(available_cpus() // world.local_size, 1))
         self.precision = resolve_precision(precision, self.device)
         self._autocast = PRECISIONS[self.precision]
         size, cubes = model.size, cubes or model.input.num_cubes
@@ -97,7 +99,7 @@ class Inference:
         self.model = model.to(self.device).eval()
         set_attention(self.model, attention)
         clip_bytes = cubes * size.width * _TOKEN_WIDTHS * (2 if self._autocast else 4)
-        fitting = memory_budget(self.device) // clip_bytes
+        fitting = memory_budget(self.device, world.local_size) // clip_bytes
         self.micro_batch = micro_batch or max(min(fitting, _MOST_CLIPS), 1)
 
     def __call__(self, frames: Tensor, function: Callable[..., Tensor] | None = None, *others: Tensor) -> Tensor:
@@ -128,9 +130,10 @@ class Reading:
     workers: int | None = None  # decoding processes; by the number of cores if not given
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     cache: CacheConfig | None = None
+    processes: int = 1  # that share this machine's cores
 
     def workers_for(self, device: torch.device) -> int:
-        return decoding_cores(device) if self.workers is None else self.workers
+        return decoding_cores(device, self.processes) if self.workers is None else self.workers
 
 
 def read_views(

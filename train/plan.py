@@ -1,8 +1,10 @@
 """Before the first step: how a recipe's batch becomes micro-batches that fit.
 
-Also a command, which needs no GPU: what a recipe's step takes of one, for every kind of recomputation.
+Also a command, which needs no GPU: what a recipe's step takes of one, for every kind of recomputation; or how a run
+scales to many.
 
     python -m train.plan k400-huge-1600 --gpu-memory 80 --model.frames 32 --model.image-size 320
+    python -m train.plan k400-base-800 --gpus 8 64 1024 --gpu h200 --cores 112
 """
 
 import sys
@@ -12,12 +14,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from kernels.launch import check
-from train.cli import parse, refuse
+from train.cli import parse, user_errors
 from train.detect_recipes import DetectConfig
 from train.finetune_recipes import FinetuneConfig
 from train.machine import SHARE, bytes_text
 from train.memory import Workload, estimate, largest_micro_batch
 from train.recipes import PRETRAIN, PretrainConfig, build
+from train.scaling import clips_of_core, predict, spread_bytes
+from train.scaling_report import FLAGS, Flags, Forecast, check_shared, report, take_flags
 from videomae.blocks import RECOMPUTE
 from videomae.masking import Counts
 from videomae.model import size_of
@@ -152,43 +156,71 @@ def _table(work: Workload, clips: int, budget: int) -> list[str]:
     return lines
 
 
-def _gpu_memory(arguments: list[str]) -> tuple[list[str], float]:
-    """The arguments without --gpu-memory, and its gigabytes."""
-    memory = "80"
-    for i, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name == "--gpu-memory":
-            memory = value if equals else "".join(arguments[i + 1 : i + 2])
-            arguments = arguments[:i] + arguments[i + (1 if equals else 2) :]
-            break
-    try:
-        size = float(memory)
-    except ValueError:
-        size = 0.0
-    if not 0 < size < 1e6:
-        refuse(PROG, f"--gpu-memory takes a number of gigabytes; got {memory!r}")
-    return arguments, size
+def _recipe_lines(config: PretrainConfig, work: Workload, memory: float) -> list[str]:
+    (height, width), counts = work.input.size, work.counts
+    budget = _budget(memory)
+    return [
+        f"{config.recipe}: {config.model.size}, decoder depth {work.decoder_depth}, {work.num_parameters / 1e6:.1f} M "
+        f"parameters, {work.input.frames} x {height} x {width}",
+        f"{counts.visible} of {work.input.num_cubes} cubes visible, {counts.visible + counts.decoded} tokens in the "
+        f"decoder; {_precision(config)}; a step may take {budget / 1e9:.0f} of {memory:g} GB",
+        "",
+        *_table(work, config.clips_per_step, budget),
+    ]
+
+
+def _budget(memory: float) -> int:
+    return int(memory * 1e9 * SHARE["cuda"])
+
+
+def _precision(config: PretrainConfig) -> str:
+    return "bfloat16" if config.precision == "auto" else config.precision
+
+
+def forecast(config: PretrainConfig, work: Workload, flags: Flags, gpus: int) -> Forecast:
+    """The run on so many GPUs. ValueError where they cannot share its batch."""
+    check_shared(config, gpus)
+    cluster, parallel = flags.cluster(gpus), flags.parallel
+    check(gpus > 1 or parallel == "ddp", "--parallel fsdp spreads weights over several GPUs; got --gpus 1")
+    check(gpus == 1 or config.engine != "graph", "--engine graph runs on one GPU; eager or compile on several")
+    check(
+        config.precision != "float32" or flags.rate.clips_per_second is not None,
+        "the peak of --gpu is that of bfloat16: with --precision float32 give --clips-per-second",
+    )
+    memory = cluster.gpu.memory if flags.memory is None else flags.memory
+    budget, saved = _budget(memory), spread_bytes(work, gpus) if parallel == "fsdp" else 0
+    plan = plan_batch(
+        *(config.clips_per_step, work), budget=budget + saved, micro_batch=config.micro_batch, processes=gpus
+    )
+    step = predict(
+        *(cluster, work, flags.rate),
+        micro_batch=plan.micro_batch,
+        accumulation=plan.accumulation,
+        parallel=parallel,
+        eager=config.engine == "eager",
+        core_clips=clips_of_core(flags.files, config.data.views_per_decode),
+    )
+    return Forecast(cluster, plan.micro_batch, plan.accumulation, plan.peak_bytes - saved, budget, step)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; exit code 2 for wrong use."""
-    given, memory = _gpu_memory(list(sys.argv[1:] if arguments is None else arguments))
-    about = "What a recipe's step takes of a GPU's memory (--gpu-memory GB, 80 if not given), estimated to within 15 %."
-    config = parse(given, PRETRAIN, "k400-base-800", prog=PROG, about=about)
+    """Print what was asked; exit code 2 for wrong use."""
+    with user_errors(PROG):
+        flags, rest = take_flags(sys.argv[1:] if arguments is None else arguments, PROG)
+    about = (
+        "What a recipe's step takes of a GPU's memory (--gpu-memory GB, 80 if not given), estimated to within 15 %.\n\n"
+        + FLAGS
+    )
+    config = parse(rest, PRETRAIN, "k400-base-800", prog=PROG, about=about)
     with torch.device("meta"):
         num_parameters = sum(p.numel() for p in build(config.model).parameters())
-    precision = "bfloat16" if config.precision == "auto" else config.precision
-    work, budget = workload(config, num_parameters, precision), int(memory * 1e9 * SHARE["cuda"])
-    (height, width), counts = work.input.size, work.counts
-    print(
-        f"{config.recipe}: {config.model.size}, decoder depth {work.decoder_depth}, {num_parameters / 1e6:.1f} M "
-        f"parameters, {work.input.frames} x {height} x {width}"
-    )
-    print(
-        f"{counts.visible} of {work.input.num_cubes} cubes visible, {counts.visible + counts.decoded} tokens in the "
-        f"decoder; {precision}; a step may take {budget / 1e9:.0f} of {memory:g} GB"
-    )
-    print("\n".join(["", *_table(work, config.clips_per_step, budget)]))
+    work = workload(config, num_parameters, _precision(config))
+    with user_errors(PROG):
+        if flags.gpus:
+            lines = report(config, work, flags, [forecast(config, work, flags, n) for n in flags.gpus])
+        else:
+            lines = _recipe_lines(config, work, 80.0 if flags.memory is None else flags.memory)
+    print("\n".join(lines))
     return 0
 
 

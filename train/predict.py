@@ -20,6 +20,7 @@ from train.cli import show_any_name, user_errors
 from train.evaluation import AskedSampling, names_of, parse_views, read_classifier, view_reader
 from train.inference import Inference, Reading, read_views
 from train.predict_boxes import predict_boxes
+from train.shares import refuse_several
 from videomae.data.dataset import find_videos
 from videomae.data.readers import ViewReader
 from videomae.data.shards import is_locator
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show_any_name()
     try:
         with user_errors(PROG):
+            refuse_several("it shows a few videos, in one process; of many: torchrun -m train.evaluate, train.features")
             _check(options)
             check((options.weights is None) != (options.detector is None), "give --weights, or --detector and --boxes")
             if options.detector is not None:

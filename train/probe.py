@@ -6,29 +6,31 @@ Learned from the training split, tested on the test split, of labelled videos:
 - linear-paper: VideoMAE's own linear probe, 100 epochs of SGD on augmented clips (RECIPES E.3), which the encoder sees
   one and all: hours where the others take minutes.
 - attentive: one learned query over all tokens of a clip.
---random measures an untrained encoder of the same size: what learning has added is the difference.
+--random measures an untrained encoder of the same size: what learning has added is the difference. Under torchrun the
+processes share the work of the encoder for knn and linear.
 """
 
+import contextlib
 import json
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kernels.launch import check
-from train.cli import flat, parse_flags, user_errors
+from train.cli import flat, parse_flags
 from train.evaluation import view_reader, weights_hash
-from train.inference import Inference, Reading, encoder_of, find_weights, read_model, read_views
+from train.inference import Inference, Reading, encoder_of, find_weights, read_model
 from train.machine import bytes_text, memory_budget
 from train.optim import Schedule
 from train.probe_config import Method, ProbeConfig
+from train.probe_features import SAY_EVERY, CannotProbe, Known, Probe, Split, features_in, read
 from train.probing import (
     AttentiveProbe,
     MultiScaleReader,
@@ -44,81 +46,36 @@ from train.probing import (
 )
 from train.record import surroundings
 from train.run import warn_of
+from train.shares import Shares, command
 from videomae.data import storage
 from videomae.data.dataset import Order
 from videomae.data.feed import feed
-from videomae.data.labelled import LabelledVideos, find_labelled
+from videomae.data.labelled import find_labelled
 from videomae.data.loader import Loader
-from videomae.data.readers import ViewReader
 from videomae.features import features_of
 from videomae.metrics import average_views
 from videomae.model import Encoder
 from videomae.weight_files import write_atomically
 
 PROG = "python -m train.probe"
-_SAY_EVERY = 30.0  # seconds
 _MICRO_BATCH = 64  # of the paper's batch, clips that are decoded together
-
-
-class CannotProbe(Exception):
-    """There is no result: videos that cannot be read, numbers that are none."""
-
-
-class Split(NamedTuple):
-    """One split: the videos that are used of it, in this order, and how each is read."""
-
-    videos: LabelledVideos
-    indices: tuple[int, ...]
-    reader: ViewReader
-
-
-class Known(NamedTuple):
-    """Features float32 [K, V, D] and labels int64 [K] of the videos of a split that could be read, on the device."""
-
-    features: Tensor
-    labels: Tensor
-
-
-@dataclass
-class Probe:
-    """All that the methods need."""
-
-    config: ProbeConfig
-    weights: str  # what was read
-    inference: Inference
-    train: Split
-    test: Split
-    reading: Reading
-    unreadable: dict[str, int] = field(default_factory=dict)  # by split
-    chosen: dict[str, Any] = field(default_factory=dict)  # by a method itself
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.train.videos.classes)
-
-    def labels(self, split: Split, indices: Sequence[int]) -> Tensor:
-        return torch.tensor([split.videos.labels[index] for index in indices], device=self.inference.device)
+_SHARED: tuple[Method, ...] = ("knn", "linear")  # of which features are all that the encoder has to do with
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; its exit code: 0 done, 1 without a result, 2 wrong use, 130 stopped by Ctrl-C."""
     about = "What frozen features are worth: accuracies of simple classifiers on them."
     config = parse_flags(sys.argv[1:] if arguments is None else arguments, ProbeConfig, prog=PROG, about=about)
-    try:
-        with user_errors(PROG):
-            probe = prepare(config)
-        _say(probe)
-        return _report(probe, measure(probe))
-    except (CannotProbe, OSError) as error:
-        print(f"{PROG}: stopped: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\n{PROG}: stopped", file=sys.stderr)
-        return 128 + signal.SIGINT
+    return command(partial(prepare, config), _probe, prog=PROG, device=config.device, stops=CannotProbe)
 
 
-def prepare(config: ProbeConfig) -> Probe:
+def prepare(config: ProbeConfig, shares: Shares, _: contextlib.ExitStack) -> Probe:
     """Everything that can be refused, before the first video is read. Raises ValueError."""
+    alone = [method for method in config.methods if method not in _SHARED]
+    check(
+        not alone or shares.world.size == 1,
+        f"--method {' '.join(alone)}: the encoder works in every step, in one process; leave torchrun out",
+    )
     path = config.data.path
     check(path is not None, "nothing to learn from: give --data, labelled videos with a training and a test split")
     assert path is not None
@@ -150,10 +107,11 @@ def prepare(config: ProbeConfig) -> Probe:
         precision=config.precision,
         attention=config.attention,
         micro_batch=config.micro_batch,
+        world=shares.world,
     )
-    reading = Reading(config.workers, config.loader, config.data.kept)
+    reading = Reading(config.workers, config.loader, config.data.kept, shares.world.local_size)
     reading = replace(reading, workers=min(reading.workers_for(inference.device), len(splits[0].indices)))
-    return Probe(config, weights, inference, splits[0], splits[1], reading)
+    return Probe(config, weights, inference, splits[0], splits[1], reading, shares)
 
 
 def _too_few(count: int) -> str:
@@ -170,14 +128,22 @@ def _say(probe: Probe) -> None:
     train, test, inference = probe.train, probe.test, probe.inference
     what = f"untrained, of the size of {probe.weights}" if probe.config.random else probe.weights
     sampling = test.reader.sampling
-    frames = f"stride {sampling.stride}" if sampling.kind == "dense" else "uniform"
+    frames = (f"stride {sampling.stride}" if sampling.kind == "dense" else "uniform") + probe.shares.said
     print(f"encoder   {what} ({weights_hash(inference.model)})")
     print(f"learns    {len(train.indices):,} of {len(train.videos):,} videos, {probe.num_classes} classes")
     print(f"tested    {len(test.indices):,} of {len(test.videos):,} videos, {probe.config.views} views, {frames}")
     print(f"device    {inference.device}, {inference.precision}; attention {inference.attention.name}", flush=True)
 
 
-def measure(probe: Probe) -> dict[str, Tensor]:
+def _probe(probe: Probe) -> int:
+    _say(probe)
+    # the test first: whoever gave a damaged one hears of it soon
+    test = features_in(probe, probe.test, "test")
+    train = features_in(probe, probe.train, "train")
+    return _report(probe, measure(probe, train, test)) if probe.shares.world.is_first else 0
+
+
+def measure(probe: Probe, train: Known, test: Known) -> dict[str, Tensor]:
     """Class probabilities of the readable test videos, by method. Their labels are under "labels"."""
     methods: dict[Method, Callable[[Probe, Known, Known], Tensor]] = {
         "knn": _by_neighbours,
@@ -185,9 +151,6 @@ def measure(probe: Probe) -> dict[str, Tensor]:
         "linear-paper": _by_paper,
         "attentive": _by_attention,
     }
-    # the test first: whoever gave a damaged one hears of it soon
-    test = _features(probe, probe.test, "test")
-    train = _features(probe, probe.train, "train")
     found = {"labels": test.labels}
     for method in probe.config.methods:
         begin = time.monotonic()
@@ -196,44 +159,6 @@ def measure(probe: Probe) -> dict[str, Tensor]:
             raise CannotProbe(f"{method} ended with numbers that are not finite")
         print(f"{method}: {time.monotonic() - begin:.1f} s", flush=True)
     return found
-
-
-def _features(probe: Probe, split: Split, name: str) -> Known:
-    """Features of every view of every video of the split that can be read."""
-    parts, found, lost = [], list[int](), 0
-    function = partial(features_of, probe.inference.model)
-    said = time.monotonic()
-    for views in _read(probe, split, split.indices):
-        for skip in views.skips:
-            print(f"{name}: unreadable: {skip.path}: {skip.reason}", file=sys.stderr)
-        lost += len(views.skips)
-        if views.indices:
-            flat_views = probe.inference(views.frames.flatten(0, 1), function)
-            # a plain tensor, which a head can learn from
-            parts.append(flat_views.unflatten(0, views.frames.shape[:2]).clone())
-            found += views.indices
-        if time.monotonic() - said > _SAY_EVERY:
-            said = time.monotonic()
-            print(f"{name}: {len(found) + lost:,} of {len(split.indices):,} videos", flush=True)
-    probe.unreadable[name] = lost
-    failed = f"{lost} of {len(split.indices)} {name} videos cannot be read"
-    if not found:
-        raise CannotProbe(failed)
-    if name == "test" and lost and probe.config.unreadable == "error":
-        raise CannotProbe(f"{failed}; --unreadable wrong counts them as wrong")
-    return Known(torch.cat(parts), probe.labels(split, found))
-
-
-def _read(probe: Probe, split: Split, indices: Sequence[int], at_once: int = 32) -> Iterator[Any]:
-    return read_views(
-        split.reader,
-        split.videos.videos.paths,
-        indices,
-        views=split.reader.views,
-        device=probe.inference.device,
-        reading=probe.reading,
-        at_once=at_once,
-    )
 
 
 def _by_neighbours(probe: Probe, train: Known, test: Known) -> Tensor:
@@ -328,7 +253,7 @@ def _by_attention(probe: Probe, train: Known, test: Known) -> Tensor:
     train_head(head, _tokens(probe, len(train.labels)), optimizer, schedule, _saying("attentive", steps))
     function = partial(features_of, inference.model, level="token")
     logits = []
-    for views in _read(probe, probe.test, probe.test.indices):
+    for views in read(probe, probe.test, probe.test.indices):
         if views.indices:
             tokens = inference(views.frames.flatten(0, 1), function)
             with torch.no_grad():
@@ -349,7 +274,7 @@ def _tokens(probe: Probe, count: int) -> Iterator[Pass]:
     function = partial(features_of, model, level="token")
 
     def tokens_of(indices: Sequence[int]) -> Iterator[Pass]:
-        for views in _read(probe, split, indices, config.batch_size):
+        for views in read(probe, split, indices, config.batch_size):
             if views.indices:
                 tokens = inference(views.frames[:, 0], lambda part: function(part).half())
                 yield Pass(tokens.clone(), probe.labels(split, views.indices))
@@ -371,7 +296,7 @@ def _saying(method: str, steps: int) -> Callable[[int, Tensor], None]:
 
     def say(step: int, loss: Tensor) -> None:
         nonlocal said
-        if time.monotonic() - said > _SAY_EVERY:
+        if time.monotonic() - said > SAY_EVERY:
             said = time.monotonic()
             print(f"{method}: step {step + 1:,} of {steps:,}, loss {loss.item():.4f}", flush=True)
 

@@ -148,7 +148,7 @@ def stated_in(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Sta
             classes=_classes_in(config.get("id2label")),
             notes=(note,) if is_wrong else (),
         )
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"config.json or preprocessor_config.json is ill-formed: {error}") from error
 
 

@@ -122,5 +122,5 @@ def stated_in(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Sta
             mean=mean,
             std=std,
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"config.json or preprocessor_config.json is ill-formed: {error!r}") from error

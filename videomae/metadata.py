@@ -79,7 +79,7 @@ def stated_in(metadata: Mapping[str, str], source: str) -> Stated:
             classes=None if classes is None else tuple(map(str, classes)),
             **_detectors(metadata),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{source} has metadata that is missing or ill-formed: {error!r}") from error
 
 

@@ -12,6 +12,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ _PREFIXES = ("module.", "backbone.")
 _SAFETENSORS, _BIN = "model.safetensors", "pytorch_model.bin"
 _PREPROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json")
 _SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+_MOST, _MOST_CUBES = 1 << 20, 1 << 22  # of any size, and of a clip: far beyond every model's
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,22 @@ class Stated:
     sampling: Sampling | None = None
     positions_of: tuple[int, int, int] | None = None
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """ValueError for what no model can be: nothing is built, or made room for, because a file claims it."""
+        rows = (self.image_size, self.cube, self.positions_of)
+        counts = [self.width, self.depth, self.heads, self.decoder_width, self.decoder_heads, self.frames]
+        counts += [count for row in rows for count in row or ()]
+        whole = all(count is None or (type(count) is int and 0 < count <= _MOST) for count in counts)
+        check(whole, f"sizes must be whole numbers from 1 to {_MOST}; got {counts}")
+        sides = (self.frames or 16, *(self.image_size or (224, 224)))
+        cubes = prod(-(-side // step) for side, step in zip(sides, self.cube or (2, 16, 16), strict=True))
+        cubes = max(cubes, prod(self.positions_of or ()))
+        check(cubes <= _MOST_CUBES, f"a clip must have at most {_MOST_CUBES:,} cubes; got {cubes:,}")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            right = values is None or all(type(value) in (int, float) and abs(value) < 1e9 for value in values)
+            check(right, f"{name} must be finite numbers; got {values}")
 
 
 @dataclass(frozen=True)
@@ -124,10 +142,13 @@ def _files_in(folder: Path, source: str) -> list[Path]:
             if not isinstance(shards, dict) or not shards:
                 raise ValueError(f"{index} has no weight_map")
             names = sorted({str(shard) for shard in shards.values()})
+            there = set(os.listdir(folder))
             for shard in names:
                 # a name such as ../x would leave the folder
                 check(Path(shard).name == shard, f"{index} names a shard outside its folder: {shard}")
-                check((folder / shard).is_file(), f"{index} names a shard that is missing: {shard}")
+                # a name that no file can have may not be asked for
+                is_there = shard in there and (folder / shard).is_file()
+                check(is_there, f"{index} names a shard that is missing: {shard}")
             return [folder / shard for shard in names]
     states = sorted(folder.glob("*model_states.pt"))
     check(len(states) <= 1, f"{source} holds {len(states)} *model_states.pt files: give the one that is meant")
@@ -154,7 +175,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-                return _unwrap(tensors, str(path)), file.metadata() or {}
+                return _held(_unwrap(tensors, str(path)), path), file.metadata() or {}
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
     # a file that may not be opened is not a damaged one
@@ -171,7 +192,15 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             ) from error
         raise ValueError(f"{path} is damaged, or no PyTorch file ({type(error).__name__})") from error
     check(isinstance(loaded, Mapping), f"{path} must hold a dict of tensors; got {type(loaded).__name__}")
-    return _unwrap(loaded, str(path)), {}
+    return _held(_unwrap(loaded, str(path)), path), {}
+
+
+def _held(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors, if the file has all of them: empty ones, and one number that is repeated, can claim any shape."""
+    for name, x in tensors.items():
+        whole = 0 < x.numel() * x.element_size() <= x.untyped_storage().nbytes()
+        check(whole, f"{path} has {name} of the shape {tuple(x.shape)}, but not so many numbers")
+    return tensors
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -179,7 +208,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON file: {error}") from error
     check(isinstance(value, dict), f"{path} must hold a JSON object; got {type(value).__name__}")
     return value

@@ -252,7 +252,9 @@ def _sizes_of(known: Known, tensors: Mapping[str, Tensor]) -> tuple[Size, tuple[
     # V2's huge has the decoder of V1's large
     usual = {size.decoder_width: size.decoder_heads for size in SIZES.values()}
     decoder_heads = stated.decoder_heads or usual.get(decoder_width) or max(decoder_width // 64, 1)
-    return Size(width, depth_of(tensors, "blocks"), heads, decoder_width, decoder_heads), (slots, rows, columns)
+    depths = [depth_of(tensors, prefix) for prefix in ("blocks", "decoder.blocks")]
+    check(sum(depths) <= len(tensors), f"{known.source} names blocks {depths}, but has only {len(tensors)} tensors")
+    return Size(width, depths[0], heads, decoder_width, decoder_heads), (slots, rows, columns)
 
 
 def _load(model: VideoMAE | Encoder, known: Known, positions: Positions) -> Report:

@@ -73,6 +73,12 @@ def test_refuses_in_one_line_with_exit_code_2(arguments, says, capsys):
     assert re.search(says, captured.err)
 
 
+def test_a_word_of_several_lines_is_named_in_one(capsys):
+    with pytest.raises(SystemExit):
+        read("no\nsuch\x1crecipe\r")
+    assert capsys.readouterr().err.startswith("prog: error: no recipe called no such recipe ;")
+
+
 def test_help_lists_recipes_and_settings(capsys):
     with pytest.raises(SystemExit) as end:
         read("--help")

@@ -1,5 +1,6 @@
 """The command that probes frozen features: its numbers, what it writes, and what it refuses."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -13,7 +14,9 @@ from train import probe as command
 from train.evaluation import weights_hash
 from train.probe import Known, main
 from train.probe_config import ProbeConfig
+from train.probe_features import features_in
 from train.probing import STRENGTHS, Pass, fit_linear, knn_probabilities, share_right
+from train.shares import Shares
 from videomae.data.augment import resize_short
 from videomae.data.decode import Video
 from videomae.data.sampling import Sampling
@@ -114,12 +117,12 @@ def test_test_videos_may_lie_elsewhere(videos, weights, tmp_path):
 def prepared(videos, weights, *flags):
     arguments = ["--weights", str(weights), "--data", str(videos), *FLAGS.split(), *map(str, flags)]
     config = command.parse_flags(arguments, ProbeConfig, prog="x", about="")
-    return command.prepare(config)
+    return command.prepare(config, Shares(), contextlib.ExitStack())
 
 
 def test_features_are_those_of_the_videos_in_their_order(videos, weights):
     probe = prepared(videos, weights, "--videos", 6)
-    known = command._features(probe, probe.train, "train")
+    known = features_in(probe, probe.train, "train")
     assert known.features.shape == (6, 1, 64)
     assert not known.features.is_inference()
     model = probe.inference.model

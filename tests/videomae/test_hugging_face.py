@@ -96,6 +96,8 @@ def test_it_refuses_two_spellings_and_thirds_of_an_attention(official):
         ({"hidden_act": "relu"}, "hidden_act 'gelu'; got 'relu'"),
         ({"qv_bias": False}, "qv_bias true"),
         ({"patch_size": None}, "ill-formed"),
+        ({"hidden_size": float("inf")}, "ill-formed"),
+        ({"num_hidden_layers": 1 << 40}, "sizes must be whole numbers"),
         ({"architectures": ["VideoMAEForVideoClassification"], "use_mean_pooling": False}, "reads the first token"),
     ],
 )

@@ -186,6 +186,10 @@ def test_a_timm_folder_states_its_normalisation(tmp_path):
     model = encoder()
     assert videomae.load_weights(model, tmp_path).format == "image (timm)"
     assert (model.input.mean, model.input.std) == HALF
+    for wrong in ({"mean": 1}, [], {"mean": [float("inf")], "std": [1]}):
+        change_json(tmp_path / "config.json", pretrained_cfg=wrong)
+        with pytest.raises(ValueError, match="ill-formed|must be finite"):
+            videomae.load_weights(encoder(), tmp_path)
     change_json(tmp_path / "config.json", pretrained_cfg={"mean": 1})
     with pytest.raises(ValueError, match="ill-formed"):
         videomae.load_weights(model, tmp_path)

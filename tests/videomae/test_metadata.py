@@ -181,7 +181,13 @@ def test_pretraining_keeps_its_sampling_in_encoder_and_decoder(tmp_path):
         {"classes": "3"},
         {"positions": "{}"},
         {"key_clip": "3"},
+        {"frames": '"16"'},
+        {"image_size": "[1048576, 1048576]"},
+        {"mean": "[1e400, 0, 0]"},
+        {"class_ids": "[1e400]"},
+        {"cube": "[" * 100_000},
     ],
+    ids=lambda change: next(iter(change)),
 )
 def test_ill_formed_metadata_is_refused(path, change):
     rewrite(path, **change)

@@ -126,6 +126,9 @@ def test_it_names_a_shard_that_is_missing_or_elsewhere(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b.safetensors"}}')
     with pytest.raises(ValueError, match=r"outside its folder: \.\./b"):
         read(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "x" * 5000}}))
+    with pytest.raises(ValueError, match="missing: xxx"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize("via", ["folder", "file"])
@@ -168,6 +171,32 @@ def test_it_refuses_what_is_no_weights(held, says, tmp_path):
         read(tmp_path / "a.pth")
 
 
+@pytest.mark.parametrize("value", [torch.zeros(1).expand(1 << 40), torch.zeros(1 << 40, 0)], ids=["repeated", "empty"])
+def test_it_refuses_shapes_of_which_the_file_has_no_numbers(value, tmp_path):
+    torch.save({"a": value}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"has a of the shape \(1099511627776.*, but not so many numbers"):
+        read(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    ("claims", "says"),
+    [
+        ({"width": 0}, "whole numbers from 1"),
+        ({"frames": 16.0}, "whole numbers from 1"),
+        ({"heads": True}, "whole numbers from 1"),
+        ({"image_size": (224, 1 << 40)}, "whole numbers from 1"),
+        ({"image_size": (1 << 19, 1 << 19)}, "at most 4,194,304 cubes"),
+        ({"positions_of": (1 << 10, 1 << 10, 1 << 10)}, "at most 4,194,304 cubes"),
+        ({"mean": ("a",)}, "mean must be finite"),
+        ({"std": (float("nan"),) * 3}, "std must be finite"),
+    ],
+)
+def test_it_believes_no_size_that_no_model_has(claims, says):
+    with pytest.raises(ValueError, match=says):
+        weight_files.Stated(**claims)
+    assert weight_files.Stated(width=1408, frames=64, image_size=(1024, 1024), mean=(0, 0.5, 1)).frames == 64
+
+
 def test_it_refuses_folders_without_weights_or_with_a_choice(tmp_path):
     with pytest.raises(ValueError, match="no weights in"):
         read(tmp_path)
@@ -177,6 +206,9 @@ def test_it_refuses_folders_without_weights_or_with_a_choice(tmp_path):
         read(tmp_path)
     (tmp_path / "config.json").write_text("{")
     save_file(TENSORS, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="config.json is no JSON"):
+        read(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="config.json is no JSON"):
         read(tmp_path)
 

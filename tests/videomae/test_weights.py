@@ -358,3 +358,10 @@ def test_the_command_refuses_bad_paths(source, target, says, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert re.search(says, error)
+
+
+@pytest.mark.parametrize("name", ["blocks.999999999.x", "decoder.blocks.999999999.x"])
+def test_a_name_alone_makes_no_blocks(name):
+    tensors = pretrain().state_dict() | {name: torch.zeros(1)}
+    with pytest.raises(ValueError, match="names blocks .* but has only"):
+        videomae.weights.describe(tensors)

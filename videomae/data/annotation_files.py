@@ -137,7 +137,7 @@ def _ssv2_file(folder: Path, name: str) -> Path | None:
 def _ssv2_labels(path: Path) -> dict[str, int]:
     try:
         numbers = {template: int(number) for template, number in _json(path, dict).items()}
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path} is no map of templates to numbers: {error}") from error
     whole = len(numbers) > 0 and sorted(numbers.values()) == list(range(len(numbers)))
     check(whole, f"{path} does not number its {len(numbers)} templates from 0 on")
@@ -227,9 +227,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _json(path: Path, kind: type) -> Any:
+    text = _text(path)
     try:
-        value = json.loads(_text(path))
-    except json.JSONDecodeError as error:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     check(isinstance(value, kind), f"{path} holds no {'list of videos' if kind is list else 'map of templates'}")
     return value

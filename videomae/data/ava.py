@@ -95,7 +95,11 @@ def ava_classes(lists: Sequence[Path]) -> tuple[tuple[str, ...], tuple[int, ...]
 def read_excluded(path: str | Path) -> tuple[tuple[str, float], ...]:
     """(video, second) of a list of moments to leave out, `video,second` a line."""
     found = []
-    for number, row in enumerate(csv.reader(_text(path).splitlines()), 1):
+    try:
+        rows = list(csv.reader(_text(path).splitlines()))
+    except csv.Error as error:
+        raise ValueError(f"{path} is no list of moments: {error}") from error
+    for number, row in enumerate(rows, 1):
         if not row:
             continue
         try:
@@ -130,7 +134,7 @@ def read_images(files: AvaFiles) -> Images:
                 int(row["id"]): (str(row["movie"]), float(row["timestamp"]), (int(row["height"]), int(row["width"])))
                 for row in rows
             }
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{files.images}: an image without id, movie, timestamp, width and height") from error
         check(len(table) > 0, f"{files.images} has no images")
         return Images(table)
@@ -159,9 +163,12 @@ def read_detected(path: str | Path, images: Images, least: float) -> Detected:
     rows = _json(Path(path), list)
     try:
         scores = np.array([row["score"] for row in rows], dtype=np.float64)
-        boxes = np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(-1, 4)
+        boxes = np.array([row["bbox"] for row in rows], dtype=np.float64)
         ids = np.array([row["image_id"] for row in rows], dtype=np.int64)
-    except (KeyError, TypeError, ValueError) as error:
+        count = len(rows)
+        right = (scores.shape, boxes.size, ids.shape) == ((count,), 4 * count, (count,))
+        check(right, "not one score, one id and four numbers each")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: an entry is no {{image_id, bbox, score}} of numbers: {error}") from error
     strange = np.flatnonzero(~((scores >= 0) & (scores <= 1)))
     what = "entries with a score that is not in [0, 1], the first"
@@ -173,7 +180,7 @@ def read_detected(path: str | Path, images: Images, least: float) -> Detected:
     unknown = sorted({int(one) for one, moment in zip(ids[kept], found, strict=True) if moment is None})
     check(not unknown, f"{path}: {len(unknown)} image ids are of no key frame: {unknown[:5]}")
     moments = [moment for moment in found if moment is not None]
-    boxes = boxes[kept]
+    boxes = boxes.reshape(-1, 4)[kept]
     boxes[:, 2:] += boxes[:, :2]
     return Detected(
         [movie for movie, _, _ in moments],
@@ -186,9 +193,10 @@ def read_detected(path: str | Path, images: Images, least: float) -> Detected:
 
 
 def _json(path: Path, kind: type) -> Any:
+    text = _text(path)
     try:
-        value = json.loads(_text(path))
-    except json.JSONDecodeError as error:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     check(isinstance(value, kind), f"{path} holds no {'list' if kind is list else 'map'}")
     return value

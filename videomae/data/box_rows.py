@@ -182,7 +182,7 @@ def _parse(path: Path, layout: _Layout, number: int, block: bytes) -> dict[str, 
             io.BytesIO(block), header=None, names=columns, dtype=kinds, na_filter=False, index_col=False
         )
         check(not any(pandas.unique(table["more"])), "a line has too many columns")
-    except (ValueError, OverflowError) as error:
+    except (ValueError, OverflowError, csv.Error) as error:
         raise ValueError(_unreadable(path, layout, number, block, error)) from error
     found: dict[str, Any] = {name: table[name].to_numpy() for name in kinds if kinds[name] is not object}
     whole = [name for name in ("label", "person") if name in found]

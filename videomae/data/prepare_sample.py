@@ -25,7 +25,8 @@ from av.video.reformatter import VideoReformatter
 from kernels.launch import check
 from videomae.data.augment import Crop, crop_resize
 from videomae.data.decode import ONE_THREAD, UnreadableVideo, Video
-from videomae.data.shards import BLOCK, FORMAT, GOP, padded
+from videomae.data.sample_facts import BLOCK, padded
+from videomae.data.shards import FORMAT, GOP
 from videomae.weight_files import write_atomically
 
 

@@ -23,7 +23,8 @@ from typing import Any, BinaryIO
 from kernels.launch import check
 from videomae.data.dataset import VideoList
 from videomae.data.prepare_sample import Encoding, Task, copy, refusal_path, sample_path, write_text
-from videomae.data.shards import BLOCK, FORMAT, STATE, padded
+from videomae.data.sample_facts import BLOCK, ILL_FORMED, padded
+from videomae.data.shards import FORMAT, STATE
 from videomae.weight_files import write_atomically
 
 _KEY_LENGTH = 80  # leaves room for what follows it in ustar's 100 characters
@@ -143,7 +144,8 @@ class Plan:
         path = self.out / ("dataset.json" if self.is_finished else STATE)
         try:
             before = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        except (ValueError, KeyError, TypeError) as error:
+            check(isinstance(before, dict), "its settings are none")
+        except ILL_FORMED as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         now = self.settings
         # a codec brings its own settings; a list of another length is another list

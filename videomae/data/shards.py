@@ -7,7 +7,6 @@ straight into the decoder: 8.0 ms for 16 frames of 340x256 on a 2.4 GHz core, wh
 Any tar tool and `webdataset` read shards as well. `prepare.py` makes them.
 """
 
-import base64
 import json
 import re
 import tarfile
@@ -18,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import av
 import numpy as np
@@ -28,44 +27,16 @@ from av.video.reformatter import VideoReformatter
 from kernels.launch import check
 from videomae.data import storage
 from videomae.data.decode import ONE_THREAD, UnreadableVideo
+from videomae.data.sample_facts import BLOCK, ILL_FORMED, NOT_SAID, Stored, Stream, padded, understood
 
 FORMAT = 1
 STATE = ".work/settings.json"  # of a preparation under way
 SHARD = re.compile(r"shard-\d{5,}\.tar")
 GOP = 16  # frames from one key frame to the next
-BLOCK = 512  # bytes, of tar
 _HEAD = 8192  # bytes of a first read: most videos' KEY.json is shorter
 _GAP = 1 << 16  # bytes that are read along rather than asked past
 # no dots: nothing outside the folder can be named
 _KEY = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
-
-
-def padded(size: int) -> int:
-    """Bytes that a member's data of this size take in a tar."""
-    return -(-size // BLOCK) * BLOCK
-
-
-class _Stream(NamedTuple):
-    """Where the stored frames of one phase lie: frame k of it at begins[k], sizes[k] bytes long."""
-
-    phase: int
-    member: str  # of H.264; JPEG files have their frames' numbers
-    begins: np.ndarray  # int64 [n], from the end of KEY.json in a tar, from the file's start otherwise
-    sizes: np.ndarray
-    sums: np.ndarray  # CRC-32: a decoder takes one damaged bit in three for a picture
-    extradata: bytes = b""
-
-
-class _Stored(NamedTuple):
-    """A sample's KEY.json, understood."""
-
-    home: str  # the tar, or KEY's path below files/
-    base: int | None  # where KEY.json's padded data end in the tar; None for files
-    num_frames: int
-    shape: tuple[int, int]
-    rate: float
-    stride: int
-    streams: tuple[_Stream, ...]
 
 
 def is_locator(path: str) -> bool:
@@ -133,7 +104,7 @@ class StoredVideo:
         after = before + stride
         return after if after - number < number - before and after < len(self) else before
 
-    def _read_h264(self, wanted: list[tuple[_Stream, dict[int, list[int]]]], out: np.ndarray) -> None:
+    def _read_h264(self, wanted: list[tuple[Stream, dict[int, list[int]]]], out: np.ndarray) -> None:
         """Decode each group of pictures that holds a wanted frame once, up to the last one wanted in it."""
         groups = []
         for stream, places in wanted:
@@ -150,7 +121,7 @@ class StoredVideo:
         if missing := sum(len(places) for _, places in wanted) - found:
             raise UnreadableVideo(self.path, f"damaged in its shard: {missing} frames do not decode")
 
-    def _read_jpeg(self, wanted: list[tuple[_Stream, dict[int, list[int]]]], out: np.ndarray) -> None:
+    def _read_jpeg(self, wanted: list[tuple[Stream, dict[int, list[int]]]], out: np.ndarray) -> None:
         frames = [(stream, place, rows) for stream, places in wanted for place, rows in sorted(places.items())]
         pieces = self._fetch([(stream, place, place) for stream, place, _ in frames])
         for (stream, place, rows), (data,) in zip(frames, pieces, strict=True):
@@ -161,7 +132,7 @@ class StoredVideo:
                 raise self._damaged(stream, place, error) from error
             out[rows[1:]] = out[rows[0]]
 
-    def _fetch(self, spans: list[tuple[_Stream, int, int]]) -> list[list[memoryview]]:
+    def _fetch(self, spans: list[tuple[Stream, int, int]]) -> list[list[memoryview]]:
         """For each (stream, first, last) the bytes of those frames, one by one, in as few reads as pay."""
         asked: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
         for place, (stream, first, last) in enumerate(spans):
@@ -178,7 +149,7 @@ class StoredVideo:
                     out[place] = self._frames(data[begin - start : end - start], *spans[place])
         return out
 
-    def _frames(self, data: memoryview, stream: _Stream, first: int, last: int) -> list[memoryview]:
+    def _frames(self, data: memoryview, stream: Stream, first: int, last: int) -> list[memoryview]:
         """The bytes of each frame from first to last, which lie side by side in data, as they were written."""
         out, begin = [], 0
         sizes, sums = stream.sizes[first : last + 1].tolist(), stream.sums[first : last + 1].tolist()
@@ -189,7 +160,7 @@ class StoredVideo:
                 raise self._damaged(stream, place, "its bytes are not those that were written")
         return out
 
-    def _damaged(self, stream: _Stream, place: int, reason: object) -> UnreadableVideo:
+    def _damaged(self, stream: Stream, place: int, reason: object) -> UnreadableVideo:
         number = place * self._stored.stride + stream.phase
         return UnreadableVideo(self.path, f"damaged in its shard: frame {number}: {reason}")
 
@@ -261,7 +232,7 @@ def _read(locator: str, path: str, offset: int, size: int, *, exact: bool = Fals
 
 # for several views of one video in a row: an epoch is larger than any cache, and KEY.json costs 0.06 ms
 @lru_cache(maxsize=256)
-def _stored(locator: str) -> _Stored:
+def _stored(locator: str) -> Stored:
     """Raises UnreadableVideo when KEY.json is not there, or is not what this version reads."""
     home, _, name = locator.rpartition("::")
     try:
@@ -274,8 +245,8 @@ def _stored(locator: str) -> _Stored:
         facts = json.loads(text)
         check(facts["format"] == FORMAT, f"format {facts['format']}, where this version reads {FORMAT}")
         check(facts["key"] == key, f"it belongs to {facts['key']}")
-        return _understood(facts, home, base)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+        return understood(facts, home, base)
+    except ILL_FORMED as error:
         raise UnreadableVideo(locator, f"{name}.json is damaged: {type(error).__name__}: {error}") from error
 
 
@@ -294,42 +265,6 @@ def _json_in_tar(locator: str, shard: str, key: str, offset: int) -> tuple[bytes
     if more := info.size - len(data):
         data += _read(locator, shard, offset + BLOCK + len(data), more, exact=True)
     return data, offset + BLOCK + padded(info.size)
-
-
-def _understood(facts: Mapping[str, Any], home: str, base: int | None) -> _Stored:
-    """Raises ValueError, KeyError or TypeError when facts contradict themselves."""
-    num_frames, stride = facts["frames"], facts["stride"]
-    counts = {phase: len(range(phase, num_frames, stride)) for phase in facts["phases"]}
-    streams: list[_Stream] = []
-    if facts["codec"] == "jpeg":
-        sizes = np.array(facts["sizes"], dtype=np.int64)
-        check(len(sizes) == sum(counts.values()), f"{len(sizes)} frames are listed, not {sum(counts.values())}")
-        sums = _sums(facts["crc32"], len(sizes))
-        begins = np.zeros(len(sizes), dtype=np.int64)
-        if base is not None:
-            begins[1:] = np.cumsum(-(-sizes // BLOCK) * BLOCK + BLOCK)[:-1]
-            begins += facts["offset"]
-        for phase, count in counts.items():
-            start = sum(len(stream.sizes) for stream in streams)
-            part = slice(start, start + count)
-            streams.append(_Stream(phase, "", begins[part], sizes[part], sums[part]))
-    else:
-        for (phase, count), stream in zip(counts.items(), facts["streams"], strict=True):
-            sizes = np.array(stream["packets"], dtype=np.int64)
-            check(len(sizes) == count, f"{len(sizes)} packets are listed, not {count}")
-            extradata = base64.b64decode(stream["extradata"], validate=True)
-            check(len(extradata) > 0, "the decoder's setup is empty")
-            first = stream["first"] + (stream["offset"] if base is not None else 0)
-            begins, sums = first + np.cumsum(sizes) - sizes, _sums(stream["crc32"], count)
-            streams.append(_Stream(phase, stream["member"], begins, sizes, sums, extradata))
-    check(len(streams) > 0 and all((stream.sizes > 0).all() for stream in streams), "it holds no frames")
-    return _Stored(home, base, num_frames, (facts["height"], facts["width"]), facts["fps"], stride, tuple(streams))
-
-
-def _sums(text: str, count: int) -> np.ndarray:
-    sums = np.frombuffer(bytes.fromhex(text), ">u4")
-    check(len(sums) == count, f"{len(sums)} sums are listed, not {count}")
-    return sums
 
 
 @dataclass(frozen=True)
@@ -369,10 +304,11 @@ def read_index(root: str | Path) -> Prepared:
         check(facts["format"] == FORMAT, f"{root} has format {facts['format']}; this version reads {FORMAT}")
         layout, sizes = facts["layout"], {shard["name"]: int(shard["size"]) for shard in facts["shards"]}
         step = 1 if len(facts["phases"]) == facts["stride"] else int(facts["stride"])
+        check(all(map(SHARD.fullmatch, sizes)), f"{root}/dataset.json names shards that are none: {sorted(sizes)[:3]}")
         text, count = storage.read_text(storage.join(root, "index.jsonl")), facts["videos"]
     except FileNotFoundError as error:
         raise ValueError(_incomplete(root)) from error
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (*NOT_SAID, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{root}/dataset.json is damaged: {type(error).__name__}: {error}") from error
     except OSError as error:
         raise ValueError(f"the index of {root} cannot be read: {error.strerror or error}") from error
@@ -392,7 +328,10 @@ def _incomplete(root: str) -> str:
     if storage.is_url(root) or not is_prepared(root) or Path(root, "dataset.json").exists():
         return f"no whole prepared set in {root}: dataset.json or index.jsonl is missing"
     done = len(list(Path(root).glob("shard-*.jsonl")))
-    total = json.loads(Path(root, STATE).read_text())["shards"] if Path(root, STATE).exists() else "?"
+    try:
+        total = json.loads(Path(root, STATE).read_text())["shards"]
+    except (OSError, *ILL_FORMED):
+        total = "?"
     return f"{root} is not finished: {done} of {total} shards are done; run the same command again"
 
 
@@ -402,7 +341,7 @@ def _rows(root: str, text: str) -> list[dict[str, Any]]:
     try:
         # as one document: half the time of line by line
         rows = json.loads(f"[{','.join(lines)}]")
-    except ValueError:
+    except (ValueError, RecursionError):
         rows = []
     if len(rows) != len(lines):
         rows = [_row(line) for line in lines]
@@ -419,7 +358,7 @@ def _rows(root: str, text: str) -> list[dict[str, Any]]:
 def _row(line: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

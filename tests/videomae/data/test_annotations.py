@@ -337,6 +337,7 @@ def test_refuses_files_that_are_none_of_kinetics(tmp_path, convert, texts, says)
         ("labels", {"a": "0", "b": "2"}, "does not number its 2 templates from 0 on"),
         ("labels", {"a": "zero"}, "no map of templates to numbers"),
         ("labels", {"a": [0]}, "no map of templates to numbers"),
+        ("labels", {"a": float("inf")}, "no map of templates to numbers"),
         ("train", {"id": "1"}, "holds no list of videos"),
         ("train", [{"id": "1"}], "has a video without a `template`"),
         ("train", [{"template": "x"}], "its entry 1 is no video"),
@@ -356,6 +357,8 @@ def test_refuses_broken_json_and_bytes_that_are_no_text(tmp_path, convert):
     touch(tmp_path / "videos", "78687.webm")
     file = tmp_path / "official" / "something-something-v2-train.json"
     file.write_text('[{"id": "1",')
+    assert "is no JSON" in convert("ssv2", code=2)
+    file.write_text("[" * 100_000)
     assert "is no JSON" in convert("ssv2", code=2)
     file.write_bytes(b"\xff\xfe")
     assert "not text" in convert("ssv2", code=2)

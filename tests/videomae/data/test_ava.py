@@ -96,6 +96,8 @@ def test_reads_excluded_moments(tmp_path):
     assert read_excluded(path) == (("0f39OWEqJ24", 903.0), ("_-Z6wFjXtGQ", 902.0))
     with pytest.raises(ValueError, match=r"excluded\.csv:2 should be `video,second`; it is `b`"):
         read_excluded(write(tmp_path / "excluded.csv", "a,1\nb\n"))
+    with pytest.raises(ValueError, match="excluded.csv is no list of moments: field larger than field limit"):
+        read_excluded(write(tmp_path / "excluded.csv", "a" * 140_000 + ",1\n"))
 
 
 def ava_folder(tmp_path, **files):
@@ -151,6 +153,13 @@ def test_detected_boxes_have_corners_in_pixels_and_the_least_score(tmp_path):
     [
         ("{", "is no JSON"),
         ("{}", "holds no list"),
+        ("[" * 100_000, "is no JSON"),
+        (
+            '[{"image_id": 1e400, "bbox": [0, 0, 1, 1], "score": 1}]',
+            "an entry is no {image_id, bbox, score} of numbers",
+        ),
+        ('[{"image_id": 902, "bbox": [0, 0, 1, 1, 0, 0, 1, 1], "score": 1}]', "an entry is no {image_id, bbox, score}"),
+        ('[{"image_id": 902, "bbox": [0, 0, 1, 1], "score": [1, 1]}]', "an entry is no {image_id, bbox, score}"),
         ('[{"image_id": 902, "bbox": [0, 0, 1, 1]}]', "an entry is no {image_id, bbox, score} of numbers"),
         ('[{"image_id": 902, "bbox": [0, 0, 1], "score": 1}]', "an entry is no {image_id, bbox, score} of numbers"),
         (

@@ -192,6 +192,7 @@ def test_a_large_file_is_read_in_blocks(tmp_path, monkeypatch):
         (OWN + "a,0,0,0,1,1,1\n", {"classes": ("run",)}, "csv:2: label must be a class; it is `1`"),
         (TRUTH.encode() + b"\xff" + TRUTH.encode(), {"score": False}, "csv:2 is no line of boxes: not text"),
         (b"\xff\xfe,1,2\n", {}, "csv:1 is no line of boxes"),
+        (OWN + "a" * 140_000 + ",0,0,0,1,1,1\n", {}, "csv:2 is no line of boxes: field larger"),
     ],
 )
 def test_a_file_that_is_none_is_refused_with_the_line(tmp_path, text, options, message):

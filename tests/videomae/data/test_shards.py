@@ -322,6 +322,8 @@ def rewrite(folder, number=0, **change):
         (lambda f: (f / "index.jsonl").unlink(), "dataset.json or index.jsonl is missing"),
         (lambda f: (f / "dataset.json").write_text("{"), "damaged"),
         (lambda f: (f / "dataset.json").write_text("[]"), "damaged"),
+        (lambda f: (f / "dataset.json").write_text("[" * 100_000), "damaged"),
+        (lambda f: (f / "index.jsonl").write_text("[" * 100_000), "line 1, says of no video"),
         (lambda f: (f / "dataset.json").write_text('{"format": 9}'), "format 9; this version reads 1"),
         (lambda f: (f / "dataset.json").unlink(), r"not finished: 2 of \? shards are done; run the same command again"),
     ],
@@ -335,10 +337,28 @@ def test_refuses_an_index_in_one_line(tmp_path, small, spoil, why):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("text", ["[]", "{}", "[" * 100_000])
+def test_an_unfinished_set_with_damaged_settings_is_unfinished(tmp_path, text):
+    (tmp_path / ".work").mkdir()
+    (tmp_path / ".work" / "settings.json").write_text(text)
+    with pytest.raises(ValueError, match=r"not finished: 0 of \? shards"):
+        read_index(tmp_path)
+    plan = Plan(tmp_path, Encoding(), "shards", 2, (Task(0, "a", "a.mp4", "a.mp4", None),))
+    with pytest.raises(ValueError, match="settings.json is damaged"):
+        plan.check_same()
+
+
 def test_refuses_shards_outside_the_folder(tmp_path, small):
     folder = copied(small, tmp_path / "set")
     text = (folder / "dataset.json").read_text()
     (folder / "dataset.json").write_text(text.replace("shard-00000.tar", "../shard-00000.tar"))
+    with pytest.raises(ValueError, match="names shards that are none"):
+        read_index(folder)
+    # also where nothing is in shards
+    facts = json.loads(text)
+    (folder / "dataset.json").write_text(
+        json.dumps({**facts, "layout": "files", "shards": [{"name": "../x", "size": 1}]})
+    )
     with pytest.raises(ValueError, match="names shards that are none"):
         read_index(folder)
 
