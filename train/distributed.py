@@ -20,6 +20,7 @@ from torch import distributed
 
 from kernels.launch import check
 from train.machine import pick_device
+from videomae.data.worker import die_with
 
 T = TypeVar("T")
 
@@ -115,6 +116,9 @@ def joined(wanted: str | None, minutes: float) -> Iterator[World]:
     if here is ALONE:
         yield here
         return
+    # processes of a torchrun that was killed would go on beside those of the next start, into the same folder
+    die_with(os.getppid())
+    _find_launcher()
     device = pick_device(wanted, here.local_rank)
     timeout, gpu = timedelta(minutes=minutes), device if device.type == "cuda" else None
     if gpu is not None:
@@ -129,6 +133,17 @@ def joined(wanted: str | None, minutes: float) -> Iterator[World]:
             distributed.destroy_process_group()
 
 
+def _find_launcher() -> None:
+    """RuntimeError when torchrun is gone already, which the rendezvous would wait for."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    try:
+        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=60).close()
+    except OSError as error:
+        raise RuntimeError(f"torchrun is gone: {error}") from error
+
+
 def is_of_others(error: RuntimeError) -> bool:
     """Whether it came because another process is gone, or does not answer."""
-    return isinstance(error, distributed.DistError) or any(name in str(error) for name in ("gloo", "NCCL", "monitored"))
+    names = ("gloo", "NCCL", "monitored", "torchrun")
+    return isinstance(error, distributed.DistError) or any(name in str(error) for name in names)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -83,7 +84,9 @@ class RunLog(QuietLog):
         forget_after(out / "nonfinite.jsonl", start)
         forget_after(out / "evaluations.jsonl", start)
         self._skipped, self._nonfinite = (_count_lines(out / name) for name in ("skipped.jsonl", "nonfinite.jsonl"))
-        self._metrics = (out / "metrics.jsonl").open("a", buffering=1)
+        self._metrics, self._bad_steps, self._evaluations = (
+            _Lines(out / f"{name}.jsonl") for name in ("metrics", "nonfinite", "evaluations")
+        )
         self._board = _open_board(out / "tensorboard", start) if config.tensorboard else None
         self._interactive = sys.stderr.isatty()
         # a terminal that does not tell its size, as in some containers, would show nothing
@@ -100,9 +103,12 @@ class RunLog(QuietLog):
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-        self._metrics.close()
+        for lines in (self._metrics, self._bad_steps, self._evaluations):
+            with self._or_said("the end of a report"):
+                lines.write()
         if self._board is not None:
-            self._board.close()
+            with self._or_said("the end of tensorboard/"):
+                self._board.close()
 
     def push(  # type: ignore[override]
         self,
@@ -138,11 +144,9 @@ class RunLog(QuietLog):
 
     def evaluated(self, step: int, values: Mapping[str, float | int]) -> None:
         """Report what a look at the model gave, beside the steps: a line of evaluations.jsonl, and TensorBoard."""
-        with open(self._out / "evaluations.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        with self._or_said("evaluations.jsonl"):
+            self._evaluations.add({"step": step, **values})
+        self._draw(values, step)
 
     def flush(self) -> None:
         """Wait for and write all that is pending."""
@@ -162,13 +166,9 @@ class RunLog(QuietLog):
         self._in_a_row = self._in_a_row + 1 if nonfinite else 0
         if nonfinite:
             self._nonfinite += 1
-            with open(self._out / "nonfinite.jsonl", "a") as file:
-                file.write(
-                    json.dumps(
-                        {"step": done.step, "loss": str(loss), "grad_norm": str(norm), "clips": list(done.paths)}
-                    )
-                    + "\n"
-                )
+            entry = {"step": done.step, "loss": str(loss), "grad_norm": str(norm), "clips": list(done.paths)}
+            with self._or_said("nonfinite.jsonl"):
+                self._bad_steps.add(entry)
         self._window.append(done)
         if done.step % self._config.every == 0 or done.step == self._steps:
             self._report(done)
@@ -196,11 +196,10 @@ class RunLog(QuietLog):
             "nonfinite_steps": self._nonfinite,
             "time": round(time.time(), 3),
         }
-        self._metrics.write(json.dumps(entry) + "\n")
-        if self._board is not None:
-            for name in ("loss", "grad_norm", "lr", "clips_per_second", "data_wait", "batches_ready", "decode_ms"):
-                if entry[name] is not None:
-                    self._board.add_scalar(name, entry[name], done.step)
+        with self._or_said("metrics.jsonl"):
+            self._metrics.add(entry)
+        drawn = ("loss", "grad_norm", "lr", "clips_per_second", "data_wait", "batches_ready", "decode_ms")
+        self._draw({name: entry[name] for name in drawn if entry[name] is not None}, done.step)
         self._show(entry)
         self._reports += 1
         if self._advise and self._reports > 1 and entry["data_wait"] > LIMIT and effort.clips:
@@ -210,6 +209,24 @@ class RunLog(QuietLog):
                 "data: " + advice(self._supply, waited=wait, clips_per_second=rate, effort=effort, elapsed=elapsed)
             )
         self._begin_window()
+
+    def _draw(self, values: Mapping[str, float | int], step: int) -> None:
+        if self._board is None:
+            return
+        try:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        except OSError as error:  # a board does not recover
+            self.say(f"warning: tensorboard/ is not written any more: {error}")
+            self._board = None
+
+    @contextlib.contextmanager
+    def _or_said(self, what: str) -> Iterator[None]:
+        """A full disk is no reason to end a run."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"warning: {what} could not be written: {error}; the run goes on, and tries again")
 
     def _show(self, entry: dict) -> None:
         text = (
@@ -231,6 +248,27 @@ class RunLog(QuietLog):
         return tqdm.format_interval(clips_left / max(entry["clips_per_second"], 1e-9))
 
 
+class _Lines:
+    """A file that entries are added to, a line each; what a full disk does not take is kept for the next time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._left = path, b""
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        """Raises OSError; the entry is not lost."""
+        self._left += json.dumps(entry).encode() + b"\n"
+        self.write()
+
+    def write(self) -> None:
+        """What is left. Raises OSError."""
+        if not self._left:
+            return
+        with self._path.open("ab", buffering=0) as file:
+            while self._left:
+                # a disk that is nearly full takes a part of it
+                self._left = self._left[file.write(self._left) :]
+
+
 def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
@@ -249,7 +287,10 @@ def forget_after(path: Path, step: int) -> None:
         lines = path.read_text().splitlines(keepends=True)
         # a kill can leave half a line at the end
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept))
+        # a kill must not leave a part of it
+        temporary = path.with_suffix(".writing")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
 
 
 def _open_board(folder: Path, start: int):  # noqa: ANN202 - its import takes a second

@@ -3,7 +3,12 @@
 import contextlib
 import signal
 import sys
+import time
 from collections.abc import Iterator
+
+# seconds in which a second SIGTERM is the first one, told twice: schedulers tell every process, and torchrun tells its
+# own once more
+_TWICE = 10.0
 
 
 @contextlib.contextmanager
@@ -11,14 +16,19 @@ def stop_signals(after: str = "this step; once more to stop at once, without sav
     """A list that SIGTERM or Ctrl-C appends its number to; the loop ends after the step at hand. A second one ends it
     at once. after: what the loop does then, in words."""
     received: list[int] = []
+    since = -_TWICE
 
     def note(number: int, _: object) -> None:
+        nonlocal since
+        if received and number != signal.SIGINT and time.monotonic() < since + _TWICE:
+            return
         if received:
             raise KeyboardInterrupt
+        since = time.monotonic()
         received.append(number)
         print(f"\nstopping after {after}", file=sys.stderr)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
         yield received
     finally:

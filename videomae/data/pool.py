@@ -140,6 +140,7 @@ class Pool:
         self._service, self._timeout, self._see_gpus, self._lifetime = service, timeout, see_gpus, lifetime
         self._waiting: deque[Any] = deque()
         self._failed_starts = 0
+        self._tried: list[Any] = []  # what a worker was killed with: once may not be the task's doing
         # the first ones live shorter, so that not all are replaced at once
         self._workers = [self._start(-(-lifetime * (i + 1) // workers)) for i in range(workers)]
 
@@ -212,7 +213,8 @@ class Pool:
         return Outcome(worker.finish(), message.value)
 
     def _replace(self, worker: _Worker, reason: str | None) -> Outcome | None:
-        """End the worker, give up what it was working on, put the rest back into the queue, and start another."""
+        """End the worker, put what it was to do back into the queue, and start another. What it was working on is given
+        up, unless it was killed from outside, and for the first time with that."""
         code = worker.end()
         if not worker.ready:
             self._failed_starts += 1
@@ -220,7 +222,9 @@ class Pool:
             if not killed or self._failed_starts > _STARTS_TO_FAIL:
                 raise RuntimeError(f"a data worker could not start: {_describe(code)}; what it printed stands above")
         lost = None
-        if worker.tasks:
+        if worker.tasks and reason is None and code == -signal.SIGKILL and worker.tasks[0] not in self._tried:
+            self._tried.append(worker.tasks[0])
+        elif worker.tasks:
             lost = Outcome(worker.finish(), lost=reason or f"the worker decoding it died ({_describe(code)})")
         self._waiting.extendleft(reversed(worker.tasks))
         self._workers[self._workers.index(worker)] = self._start(self._lifetime)

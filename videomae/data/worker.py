@@ -15,7 +15,7 @@ from videomae.data.pool import Answer, Service
 _TRIM_EVERY = 500  # tasks; it takes a few ms
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Ask the kernel to end this process when its parent goes, even in the middle of a decode that blocks."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
@@ -33,7 +33,7 @@ def _give_memory_back() -> None:
 
 def main(socket_fd: int, parent: int) -> None:
     """Perform the tasks that the socket brings, one at a time, by the service that it brings first."""
-    _die_with(parent)
+    die_with(parent)
     torch.set_num_threads(1)
     link = Connection(socket_fd)
     service: Service = link.recv()

@@ -159,14 +159,17 @@ def is_blocked_in_open(pid):
 
 
 @pytest.mark.long
-def test_replaces_a_killed_worker_and_skips_its_clip(paths):
+def test_replaces_a_killed_worker_and_skips_a_clip_that_another_one_is_killed_with(paths):
     os.remove(paths[2])
     os.mkfifo(paths[2])
     batches = [[Sample(0, 2, 0)], *batches_of(6, 4, num_videos=2)]
     with Loader(READER, paths, batches, batch_size=4, workers=1, config=LoaderConfig(timeout=60)) as loader:
         stream = iter(loader)
-        wait_until(lambda: loader.worker_pids and is_blocked_in_open(loader.worker_pids[0]))
-        os.kill(loader.worker_pids[0], signal.SIGKILL)
+        killed = [0]
+        for _ in range(2):
+            wait_until(lambda: loader.worker_pids not in ([], killed) and is_blocked_in_open(loader.worker_pids[0]))
+            killed = loader.worker_pids
+            os.kill(killed[0], signal.SIGKILL)
         first = next(stream)
         assert first.weight.tolist() == [0]
         assert "died (SIGKILL)" in first.skips[0].reason
