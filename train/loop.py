@@ -129,19 +129,22 @@ def train(run: Run) -> int:
                 done += 1
                 asked.see(done, report["values"])
                 log.push(done, **report)
-                if not isinstance(log, RunLog):
-                    continue
                 verb.after_update(run, done)
                 if done % config.checkpoint.every == 0 or done == steps:
                     log.flush()
-                    saver.save(_snapshot(run, done))
+                    _save(run, saver, done)
                     saved = done
-                verb.after_step(run, log, done)
+                elif verb.looks_after(run, done):
+                    run.gather()
+                if isinstance(log, RunLog):
+                    verb.after_step(run, log, done)
         finally:
             # stopped by a signal, by unreadable videos, by steps that were not finite: what was learned so far is sound
-            if world.is_first and not isinstance(sys.exc_info()[1], KeyboardInterrupt):
-                if saved != done:
-                    saver.save(_snapshot(run, done))
+            error = sys.exc_info()[1]
+            if not isinstance(error, KeyboardInterrupt):
+                # of weights that are spread, the others would have to help
+                if saved != done and (error is None or run.spread is None):
+                    _save(run, saver, done)
                 log.flush()
                 saver.finish()
     world.meet()
@@ -241,12 +244,20 @@ def _engine(run: Run, stop: list[int]) -> Engine:
     name = run.config.engine
     if run.world.group is None:
         return make_engine(name, run.objective, run.updater)
-    return make_parallel(name, run.objective, run.updater, run.model, stop)
+    if run.spread is None:
+        return make_parallel(name, run.objective, run.updater, run.model, stop)
+    return make_parallel(name, run.verb.objective(run.spread, run.precision), run.updater, run.spread, stop)
 
 
-def _snapshot(run: Run, done: int) -> checkpoint.Snapshot:
-    models = {"model.safetensors": run.model, **run.verb.extra_weights()}
-    return checkpoint.take(done, models, run.updater.moments(), run.state())
+def _save(run: Run, saver: checkpoint.Saver, done: int) -> None:
+    """Every process calls it; the first one writes."""
+    run.gather()
+    if run.world.is_first:
+        models = {"model.safetensors": run.model, **run.verb.extra_weights()}
+        saver.save(checkpoint.take(done, models, run.updater.moments(), run.state()))
+    elif run.spread is not None:
+        for _ in run.updater.moments():
+            pass
 
 
 def _finish(run: Run, done: int, how: str, stop: list[int]) -> int:

@@ -3,6 +3,7 @@ an end for all when one of them ends."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from tests.runs import FAST, metrics, wait_for, weights
 from tests.train.test_finetune import ALL
 from tests.train.test_finetune import FAST as FAST_FINETUNE
 from tests.videos import moving_frames, write_video
+from train.checkpoint import read_state
 from train.distributed import ALONE, World, joined, place
 from train.memory import Workload
 from train.plan import plan_batch
@@ -166,6 +168,39 @@ def test_two_and_four_processes_do_what_one_does(videos, tmp_path):
 
 
 @LONG
+@pytest.mark.parametrize("recompute", ["none", "norms", "mlp", "block"])
+def test_spread_weights_learn_the_same(recompute, videos, tmp_path):
+    flags = [*PRETRAIN_FLAGS, "--steps", 8, "--model.recompute", recompute, "--optim.clip-grad", 0.5]
+    flags += ["--log.picture-every", 3, "--checkpoint.every", 5]
+    run(0, "pretrain", videos, tmp_path / "0", flags)
+    run(2, "pretrain", videos, tmp_path / "2", [*flags, "--parallel", "fsdp"])
+    for step in (5, 8):
+        assert_close(tmp_path / "2", tmp_path / "0", step, rtol=3e-6)
+        moments = [read_state(tmp_path / n / f"checkpoints/step_{step}")["optimizer"] for n in ("0", "2")]
+        assert moments[0].keys() == moments[1].keys()
+        for name, value in moments[0].items():
+            assert (value - moments[1][name]).norm() <= 1e-4 * value.norm(), name
+    assert [line["grad_norm"] for line in metrics(tmp_path / "0")] == pytest.approx(
+        [line["grad_norm"] for line in metrics(tmp_path / "2")], rel=1e-5
+    )
+
+
+@LONG
+def test_weights_are_spread_and_brought_together_again(videos, tmp_path):
+    """A run goes on from one way to the other."""
+    flags = [*PRETRAIN_FLAGS, "--checkpoint.every", 5, "--checkpoint.keep", 99]
+    run(0, "pretrain", videos, tmp_path / "whole", [*flags, "--steps", 15])
+    out = tmp_path / "parts"
+    for processes, parallel, step in ((2, "fsdp", 5), (4, "ddp", 10), (0, "ddp", 15)):
+        # as if it had been killed after that step
+        run(processes, "pretrain", videos, out, [*flags, "--steps", 15, "--parallel", parallel])
+        for path in (out / "checkpoints").iterdir():
+            if int(path.name.removeprefix("step_")) > step:
+                shutil.rmtree(path)
+    assert_close(out, tmp_path / "whole", 15, rtol=1e-5)
+
+
+@LONG
 def test_a_run_goes_on_with_another_number_of_processes(videos, tmp_path):
     flags = ["demo", *FAST.split(), "--batch-size", "12", "--log.every", "1", "--steps", 300, "--checkpoint.every", 20]
     run(0, "pretrain", videos, tmp_path / "whole", flags)
@@ -185,10 +220,13 @@ def test_a_run_goes_on_with_another_number_of_processes(videos, tmp_path):
 
 
 @LONG
-def test_fine_tuning_with_all_that_it_draws(labelled, tmp_path):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_fine_tuning_with_all_that_it_draws(parallel, labelled, tmp_path):
     flags = [*FAST_FINETUNE, *ALL, "--batch-size", 8, "--micro-batch", 4, "--steps", 6, "--mix.group", 4]
+    flags += ["--ema", "None"] if parallel == "fsdp" else []
     for processes in (0, 2):
-        run(processes, "finetune", labelled, tmp_path / str(processes), flags)
+        ways = ["--parallel", parallel] if processes else []
+        run(processes, "finetune", labelled, tmp_path / str(processes), [*flags, *ways])
     assert_close(tmp_path / "2", tmp_path / "0", 6, rtol=1e-5)
     scores = [json.loads((tmp_path / str(n) / "evaluations.jsonl").read_text().splitlines()[-1]) for n in (0, 2)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
