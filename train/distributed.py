@@ -67,6 +67,14 @@ class World:
         distributed.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
+    def everyones(self, value: T) -> list[T]:
+        """All processes' values, by rank."""
+        if self.group is None:
+            return [value]
+        values: list[T] = [value] * self.size
+        distributed.all_gather_object(values, value, group=self.group)
+        return values
+
     def least(self, value: int) -> int:
         """The smallest of all processes' values."""
         if self.group is None:

@@ -17,6 +17,7 @@ from train.cli import parse, refuse, user_errors
 from train.config import RunConfig
 from train.distributed import World, is_of_others, joined, place
 from train.engine import Engine, make_engine, make_parallel
+from train.heartbeat import Heartbeat
 from train.log import QuietLog, RunLog, TooManyNonFinite
 from train.picture import draw_curves
 from train.run import Run, prepare, say_plan
@@ -113,8 +114,9 @@ def train(run: Run) -> int:
         known_skips=skipped.known,
         cache=run.cache,
     )
-    with stop_signals() as stop, log, loader, feed(loader, run.device, log.say) as batches:
-        engine = _engine(run, stop)
+    heart = Heartbeat(world, config.patience, log.say)
+    with _stop_signals(world) as stop, log, heart, loader, feed(loader, run.device, log.say) as taken:
+        engine, batches = _engine(run, stop), heart.counted(taken)
         if first:
             verb.keep(next(batches))
         if isinstance(log, RunLog):
@@ -149,6 +151,12 @@ def train(run: Run) -> int:
                 saver.finish()
     world.meet()
     return _finish(run, done, "Finished", stop) if world.is_first else _code(run, done, stop)
+
+
+def _stop_signals(world: World) -> contextlib.AbstractContextManager[list[int]]:
+    if world.group is None:
+        return stop_signals()
+    return stop_signals("a step or two, all processes together" if world.is_first else None, is_last_word=True)
 
 
 class Asked:

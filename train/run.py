@@ -167,21 +167,24 @@ def prepare(verb: Verb, world: World = ALONE) -> tuple[Run, Path | None]:
         *(verb, config, out, videos, device, precision, workers, plan, lengths, model, objective, updater),
         *(attention, start, world, spread),
     )
+    processes = world.everyones(record.process_facts(world.rank, device)) if world.group is not None else []
     if world.is_first:
         verb.ready(run)
-        _begin_folder(run, is_new=not found)
+        _begin_folder(run, processes, is_new=not found)
     world.meet()
     return run, path
 
 
-def _begin_folder(run: Run, *, is_new: bool) -> None:
+def _begin_folder(run: Run, processes: Sequence[dict[str, Any]], *, is_new: bool) -> None:
     if run.config.resume == "never":
         record.move_aside(run.out)
     if is_new:
         (run.out / "skipped.jsonl").unlink(missing_ok=True)  # of a run that never reached a checkpoint
     merge_parts(run.out / "skipped.jsonl", run.start)
     checkpoint.set_aside_after(run.out / "checkpoints", run.start)
-    record.write_config(run.out, flat(run.config), _facts(run), resumed_at=None if is_new else run.start)
+    record.write_config(
+        run.out, flat(run.config), _facts(run), resumed_at=None if is_new else run.start, processes=processes
+    )
 
 
 def _without_place(config: RunConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How a run is asked to stop: by SIGTERM or Ctrl-C, after the step at hand."""
+"""How a run is asked to stop: by SIGTERM, SIGUSR1 or Ctrl-C, after the step at hand."""
 
 import contextlib
 import signal
@@ -7,18 +7,22 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def stop_signals(after: str = "this step; once more to stop at once, without saving") -> Iterator[list[int]]:
-    """A list that SIGTERM or Ctrl-C appends its number to; the loop ends after the step at hand. A second one ends it
-    at once. after: what the loop does then, in words."""
+def stop_signals(
+    after: str | None = "this step; once more to stop at once, without saving", *, is_last_word: bool = False
+) -> Iterator[list[int]]:
+    """A list that SIGTERM, SIGUSR1 or Ctrl-C appends its number to; the loop ends after the step at hand. A second one
+    ends it at once, unless the first is the last word: schedulers send to every process, and torchrun once more.
+    after: what the loop does then, in words; None: nothing is said."""
     received: list[int] = []
 
     def note(number: int, _: object) -> None:
-        if received:
+        if received and not is_last_word:
             raise KeyboardInterrupt
+        if not received and after is not None:
+            print(f"\nstopping after {after}", file=sys.stderr)
         received.append(number)
-        print(f"\nstopping after {after}", file=sys.stderr)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
         yield received
     finally:

@@ -1,10 +1,13 @@
 """Several processes, as torchrun starts them, over gloo: the same run whatever their number, however it is parted, and
 an end for all when one of them ends."""
 
+import contextlib
 import json
 import os
+import platform
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 
@@ -15,8 +18,9 @@ from tests.runs import FAST, metrics, wait_for, weights
 from tests.train.test_finetune import ALL
 from tests.train.test_finetune import FAST as FAST_FINETUNE
 from tests.videos import moving_frames, write_video
-from train.checkpoint import read_state
+from train.checkpoint import checkpoints, read_state
 from train.distributed import ALONE, World, joined, place
+from train.heartbeat import Watch
 from train.memory import Workload
 from train.plan import plan_batch
 from train.recipes import PRETRAIN
@@ -165,6 +169,9 @@ def test_two_and_four_processes_do_what_one_does(videos, tmp_path):
             assert one["skipped_clips"] == other["skipped_clips"]
         plan = json.loads((tmp_path / processes / "config.json").read_text())["plan"]
         assert plan["processes"] * plan["accumulation"] == 8
+        told = json.loads((tmp_path / processes / "config.json").read_text())["processes"]
+        assert [one["rank"] for one in told] == list(range(int(processes)))
+        assert {one["host"] for one in told} == {platform.node()}
 
 
 @LONG
@@ -261,6 +268,54 @@ def test_one_that_is_killed_ends_the_others(rank, videos, tmp_path):
     assert "exitcode  : -9" in err.split("Root Cause")[1]
     assert f"stopped: process {1 - rank} of 2" in err
     assert f"[rank{1 - rank}]: Traceback" not in err
+
+
+@LONG
+def test_one_that_hangs_is_named_and_ends_the_others(videos, tmp_path):
+    flags, out = [*PRETRAIN_FLAGS, "--steps", 100_000, "--patience", 0.3], tmp_path / "run"
+    process = start(2, "pretrain", videos, out, flags)
+    wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) > 3)
+    (hung,) = (pid for pid in children(process.pid) if rank_of(pid) == 1)
+    os.kill(hung, signal.SIGSTOP)
+    try:
+        _, err = process.communicate(timeout=90)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(hung, signal.SIGKILL)
+    assert process.returncode == 1
+    assert f"warning: process 1 of 2, on {socket.gethostname()}, has not been heard of for" in err, err
+    assert "stopped: process 0 of 2" in err
+    # what was learned until then is there
+    assert int(checkpoints(out / "checkpoints")[0].name.removeprefix("step_")) >= 4
+
+
+def test_the_first_process_says_who_is_silent_and_who_has_no_clips():
+    watch = Watch(3, limit=60, now=0)
+
+    def beats(n, *counts):
+        return {rank: f"{n} {count} process {rank} of 3, on node{rank}" for rank, count in enumerate(counts)}
+
+    assert watch.see(beats(1, 5, 5, 5), 10) == []
+    # all wait for the first, which validates
+    assert watch.see(beats(2, 5, 5, 5), 200) == []
+    assert watch.see(beats(3, 6, 6, 5), 205) == [
+        "warning: process 2 of 3, on node2, has waited 195 s for its clips: the others wait for it"
+    ]
+    assert watch.see(beats(4, 6, 6, 5), 215) == []
+    assert watch.see(beats(5, 7, 7, 7), 220) == []
+    silent = beats(6, 8, 8, 7) | {1: beats(5, 7, 7, 7)[1]}
+    assert watch.see(silent, 250) == []
+    (said,) = watch.see(beats(7, 8, 8, 8) | {1: silent[1]}, 281)
+    assert said == "warning: process 1 of 3, on node1, has not been heard of for 61 s: the others wait for it"
+
+
+@LONG
+def test_losses_that_are_not_finite_end_all(videos, tmp_path):
+    flags = [*PRETRAIN_FLAGS, "--steps", 50, "--optim.base-lr", "1e38", "--optim.max-nonfinite", 4]
+    _, err = end(start(2, "pretrain", videos, tmp_path / "run", flags), code=1)
+    assert err.count("loss or gradient was not finite for 4 steps in a row") == 1
+    # the weights before them
+    assert (tmp_path / "run" / "checkpoints").exists()
 
 
 @LONG
