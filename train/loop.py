@@ -45,7 +45,10 @@ def command(
     """Run a training command; its exit code: 0 done, 1 the run had to stop, 2 wrong use, 130 and 143 stopped by Ctrl-C,
     SIGTERM."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    config = _one_length(parse(arguments, recipes, "demo", prog=prog, about=about), recipes, prog)
+    with user_errors(prog):
+        here = place()
+    with _first_speaks(here):
+        config = _one_length(parse(arguments, recipes, "demo", prog=prog, about=about), recipes, prog)
     try:
         with contextlib.ExitStack() as stack:
             with user_errors(prog):
@@ -63,7 +66,7 @@ def command(
     except RuntimeError as error:
         if not is_of_others(error):
             raise
-        print(f"{prog}: stopped: {place().name}: another process is gone, or hangs: {error}", file=sys.stderr)
+        print(f"{prog}: stopped: {here.name}: another process is gone, or hangs: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{prog}: stopped at once", file=sys.stderr)
@@ -79,7 +82,7 @@ def _first_speaks(world: World) -> Iterator[None]:
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         try:
             yield
-        except Exception:
+        except (Exception, SystemExit):
             time.sleep(_LATER)
             raise
 

@@ -320,8 +320,12 @@ def test_losses_that_are_not_finite_end_all(videos, tmp_path):
 
 @LONG
 def test_what_the_user_can_mend_is_said_once(videos, tmp_path):
-    _, err = end(start(2, "pretrain", videos, tmp_path / "run", [*PRETRAIN_FLAGS, "--batch-size", 9]), code=1)
-    assert err.count("a step's 9 clips cannot be shared equally by 2 processes") == 1
+    for flags, complaint in (
+        (("--batch-size", 9), "a step's 9 clips cannot be shared equally by 2 processes"),
+        (("--batch-sice", 9), "--batch-sice"),
+    ):
+        _, err = end(start(2, "pretrain", videos, tmp_path / "run", [*PRETRAIN_FLAGS, *flags]), code=1)
+        assert err.split("Root Cause")[0].count(complaint) == 1
     assert not (tmp_path / "run").exists()
 
 
