@@ -151,7 +151,8 @@ def prepare(verb: Verb, world: World = ALONE) -> tuple[Run, Path | None]:
         checkpoint.restore(found[0], model)
     spread = None
     if config.parallel == "fsdp":
-        spread = copy.deepcopy(model)
+        # the first process keeps a whole one, to look at and to save
+        spread = copy.deepcopy(model) if world.is_first else model
         shard(spread, device)
     updater = Updater(spread or model, config.optim, lengths, precision, device)
     start = 0
