@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,9 @@ class Snapshot:
     state: dict[str, Any]
 
 
-def take(step: int, models: Mapping[str, nn.Module], optimizer: Mapping[str, Tensor], state: dict) -> Snapshot:
-    """Copy what is to be saved. models: by file name, model.safetensors among them."""
-    copies = {name: x.detach().to("cpu", copy=True) for name, x in optimizer.items()}
+def take(step: int, models: Mapping[str, nn.Module], optimizer: Iterable[tuple[str, Tensor]], state: dict) -> Snapshot:
+    """Copy what is to be saved. models: by file name, model.safetensors among them; optimizer: tensors by name."""
+    copies = {name: x.detach().to("cpu", copy=True) for name, x in optimizer}
     return Snapshot(step, {name: copy_weights(model) for name, model in models.items()}, copies, dict(state))
 
 

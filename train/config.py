@@ -8,7 +8,7 @@ import tyro
 
 from kernels.launch import check
 from train.checkpoint import Checkpointing
-from train.engine import EngineName
+from train.engine import EngineName, ParallelName
 from train.log import Logging
 from train.optim import FinetuneOptim, Optim
 from videomae.blocks import RECOMPUTE, Recompute
@@ -92,6 +92,8 @@ class RunConfig:
     device: Literal["cpu", "cuda"] | None = None  # cuda where there is one, if not given
     precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     engine: EngineName = "eager"  # kernel by kernel; compile: by torch.compile; graph: as captured CUDA graphs
+    # of several processes: ddp, each has all weights; fsdp, they are spread over all of them (ViT-H and larger)
+    parallel: ParallelName = "ddp"
     attention: str = (
         "auto"  # the back end: auto, sdpa, sdpa-flash, sdpa-cudnn, triton, flash-attn, flash-attn-4, xformers
     )

@@ -20,6 +20,7 @@ from torch import distributed
 
 from kernels.launch import check
 from train.machine import pick_device
+from train.rendezvous import new_store
 from videomae.data.worker import die_with
 
 T = TypeVar("T")
@@ -67,6 +68,14 @@ class World:
         values = [value]
         distributed.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
+
+    def everyones(self, value: T) -> list[T]:
+        """All processes' values, by rank."""
+        if self.group is None:
+            return [value]
+        values: list[T] = [value] * self.size
+        distributed.all_gather_object(values, value, group=self.group)
+        return values
 
     def least(self, value: int) -> int:
         """The smallest of all processes' values."""
@@ -123,7 +132,14 @@ def joined(wanted: str | None, minutes: float) -> Iterator[World]:
     timeout, gpu = timedelta(minutes=minutes), device if device.type == "cuda" else None
     if gpu is not None:
         torch.cuda.set_device(gpu)
-    distributed.init_process_group("nccl" if gpu else "gloo", timeout=timeout, device_id=gpu)
+    distributed.init_process_group(
+        "nccl" if gpu else "gloo",
+        store=new_store(here.rank, here.size, timeout),
+        rank=here.rank,
+        world_size=here.size,
+        timeout=timeout,
+        device_id=gpu,
+    )
     group = distributed.new_group(backend="gloo", timeout=timeout) if gpu else distributed.group.WORLD
     try:
         yield World(here.rank, here.size, here.local_rank, here.local_size, group)

@@ -7,17 +7,19 @@ one for the update, instead of hundreds; torch.compile fuses what PyTorch left a
 
 import contextlib
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from kernels.launch import check
 from train.optim import Updater
 
 EngineName = Literal["eager", "compile", "graph"]
+ParallelName = Literal["ddp", "fsdp"]
 # the first steps of a run, which a graph is not captured from: they compile kernels and make the optimiser's state
 WARM_UP = 3
 
@@ -85,25 +87,19 @@ class Compiled(Engine):
         self._begins = False
 
 
-class DataParallel(Engine):
-    """One of several processes that each compute a share of every step. PyTorch's DistributedDataParallel averages the
-    gradients, once a step, during its last backward pass; the first process's weights are everyone's."""
+class Parallel(Engine):
+    """One of several processes that each compute a share of every step. Gradients are averaged once a step, during its
+    last backward pass; the loss with what else all must know, after it."""
 
-    def __init__(self, objective: Objective, updater: Updater, model: nn.Module, stop: Sequence[int]) -> None:
+    def __init__(self, objective: Objective, updater: Updater, stop: Sequence[int]) -> None:
         """stop: the signals that this process got."""
-        device = updater.device
-        self._parallel = DistributedDataParallel(
-            _Part(objective, model),
-            device_ids=[device] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-        )
-        super().__init__(self._parallel, updater)
+        super().__init__(objective, updater)
         self._stop, self._processes = stop, distributed.get_world_size()
 
     def micro_batch(self, inputs: Mapping[str, Tensor], share: float, last: bool = True) -> None:
         # shares are of the whole step, and what is averaged is to be added up
         scale = torch.full((), share * self._processes, device=self._updater.device)
-        with contextlib.nullcontext() if last else self._parallel.no_sync():
+        with self._averaging(last):
             self._forward_backward(inputs, scale, first=self._begins)
         self._begins = False
 
@@ -120,6 +116,39 @@ class DataParallel(Engine):
         self._updater.optimizer.zero_grad(set_to_none=True)
         self._begins = True
         return torch.stack((loss * factor, stats.grad_norm, stats.nonfinite, clips - read, asked))
+
+    def _averaging(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Inside, backward averages gradients over the processes if last, and else leaves them."""
+        raise NotImplementedError
+
+
+class DataParallel(Parallel):
+    """Every process has all weights, the first one's: PyTorch's DistributedDataParallel."""
+
+    def __init__(self, objective: Objective, updater: Updater, model: nn.Module, stop: Sequence[int]) -> None:
+        device = updater.device
+        self._module = DistributedDataParallel(
+            _Part(objective, model),
+            device_ids=[device] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+        )
+        super().__init__(self._module, updater, stop)
+
+    def _averaging(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if last else self._module.no_sync()
+
+
+class Sharded(Parallel):
+    """Weights, gradients and moments are spread over the processes: PyTorch's FSDP2, see train/sharding.py."""
+
+    def __init__(self, objective: Objective, updater: Updater, model: FSDPModule, stop: Sequence[int]) -> None:
+        super().__init__(objective, updater, stop)
+        self._model = model
+
+    @contextlib.contextmanager
+    def _averaging(self, last: bool) -> Iterator[None]:
+        self._model.set_requires_gradient_sync(last)
+        yield
 
 
 class _Part(nn.Module):
@@ -223,12 +252,18 @@ class Graphs(Engine):
         self._graphs[name]()
 
 
-def check_engine(engine: EngineName, device: torch.device, recompute: str, *, parallel: bool = False) -> None:
+def check_engine(
+    engine: EngineName, device: torch.device, recompute: str, *, parallel: ParallelName | None = None
+) -> None:
     """ValueError when that engine cannot run there, or not with that recomputation, or not in several processes."""
     check(engine != "graph" or device.type == "cuda", "--engine graph captures CUDA graphs and needs a GPU; use eager")
     check(
-        engine != "graph" or not parallel,
+        engine != "graph" or parallel is None,
         "--engine graph captures a step whose gradients stay in one process; use eager or compile with torchrun",
+    )
+    check(
+        engine != "compile" or parallel != "fsdp",
+        "--parallel fsdp brings weights together between the pieces that compile would make one of; use eager, or ddp",
     )
     check(
         engine != "compile" or recompute != "norms",
@@ -248,8 +283,11 @@ def make_engine(name: EngineName, objective: Objective, updater: Updater) -> Eng
 
 def make_parallel(
     name: EngineName, objective: Objective, updater: Updater, model: nn.Module, stop: Sequence[int]
-) -> DataParallel:
-    """The engine of one of several processes; see `check_engine`. stop: the signals that this one got."""
+) -> Parallel:
+    """The engine of one of several processes; see `check_engine`. model: the one that is trained, maybe spread. stop:
+    the signals that this process got."""
+    if isinstance(model, FSDPModule):
+        return Sharded(objective, updater, model, stop)
     if name == "compile":
         objective = torch.compile(objective, fullgraph=True, dynamic=False)
     engine = DataParallel(objective, updater, model, stop)

@@ -84,6 +84,8 @@ class Finetuning(TunedVerb[FinetuneConfig, LabelledVideos]):
         )
 
     def find_videos(self) -> VideoList:
+        config = self.config
+        check(config.ema is None or config.parallel == "ddp", "--ema averages whole weights: --parallel ddp")
         videos = super().find_videos()
         self._labels = torch.tensor(self.train_set.labels)
         return videos
@@ -165,7 +167,7 @@ class Finetuning(TunedVerb[FinetuneConfig, LabelledVideos]):
         return inputs
 
     def after_update(self, run: Run, done: int) -> None:
-        if self._average is not None:
+        if self._average is not None and run.world.is_first:
             self._average.update_parameters(run.model)
 
     def validate(self, run: Run, log: RunLog, done: int) -> dict[str, float]:

@@ -1,10 +1,8 @@
 """The loop of every kind of training, top to bottom: batch, forward, loss, backward, update, report, save."""
 
 import contextlib
-import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -17,9 +15,11 @@ from train.cli import parse, refuse, user_errors
 from train.config import RunConfig
 from train.distributed import World, is_of_others, joined, place
 from train.engine import Engine, make_engine, make_parallel
+from train.heartbeat import Heartbeat
 from train.log import QuietLog, RunLog, TooManyNonFinite
 from train.picture import draw_curves
 from train.run import Run, prepare, say_plan
+from train.shares import first_speaks
 from train.signals import stop_signals
 from train.skipped import Skipped, TooManyUnreadable
 from train.verb import Verb
@@ -28,9 +28,6 @@ from videomae.data.feed import OnDevice, feed
 from videomae.data.loader import NO_EFFORT, Loader
 
 C = TypeVar("C", bound=RunConfig)
-
-# seconds after which a process that is not the first tells of its error: that of the first, the same mostly, ends all
-_LATER = 5
 
 
 def command(
@@ -44,12 +41,15 @@ def command(
     """Run a training command; its exit code: 0 done, 1 the run had to stop, 2 wrong use, 130 and 143 stopped by Ctrl-C,
     SIGTERM."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    config = _one_length(parse(arguments, recipes, "demo", prog=prog, about=about), recipes, prog)
+    with user_errors(prog):
+        here = place()
+    with first_speaks(here):
+        config = _one_length(parse(arguments, recipes, "demo", prog=prog, about=about), recipes, prog)
     try:
         with contextlib.ExitStack() as stack:
             with user_errors(prog):
                 world = stack.enter_context(joined(config.device, config.patience))
-                with _first_speaks(world):
+                with first_speaks(world):
                     run, resumed_from = prepare(make(config), world)
                     say_plan(run, resumed_from)
             return train(run)
@@ -62,25 +62,11 @@ def command(
     except RuntimeError as error:
         if not is_of_others(error):
             raise
-        print(f"{prog}: stopped: {place().name}: another process is gone, or hangs: {error}", file=sys.stderr)
+        print(f"{prog}: stopped: {here.name}: another process is gone, or hangs: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{prog}: stopped at once", file=sys.stderr)
         return 128 + signal.SIGINT
-
-
-@contextlib.contextmanager
-def _first_speaks(world: World) -> Iterator[None]:
-    """Inside, only the first process says anything; an error of another comes after the first one's, which ends all."""
-    if world.is_first:
-        yield
-        return
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        try:
-            yield
-        except Exception:
-            time.sleep(_LATER)
-            raise
 
 
 def _one_length(config: C, recipes: dict[str, Callable[[], C]], prog: str) -> C:
@@ -113,8 +99,9 @@ def train(run: Run) -> int:
         known_skips=skipped.known,
         cache=run.cache,
     )
-    with stop_signals() as stop, log, loader, feed(loader, run.device, log.say) as batches:
-        engine = _engine(run, stop)
+    heart = Heartbeat(world, config.patience, log.say)
+    with _stop_signals(world) as stop, log, heart, loader, feed(loader, run.device, log.say) as taken:
+        engine, batches = _engine(run, stop), heart.counted(taken)
         if first:
             verb.keep(next(batches))
         if isinstance(log, RunLog):
@@ -129,23 +116,32 @@ def train(run: Run) -> int:
                 done += 1
                 asked.see(done, report["values"])
                 log.push(done, **report)
-                if not isinstance(log, RunLog):
-                    continue
                 verb.after_update(run, done)
                 if done % config.checkpoint.every == 0 or done == steps:
                     log.flush()
-                    saver.save(_snapshot(run, done))
+                    _save(run, saver, done)
                     saved = done
-                verb.after_step(run, log, done)
+                elif verb.looks_after(run, done):
+                    run.gather()
+                if isinstance(log, RunLog):
+                    verb.after_step(run, log, done)
         finally:
             # stopped by a signal, by unreadable videos, by steps that were not finite: what was learned so far is sound
-            if world.is_first and not isinstance(sys.exc_info()[1], KeyboardInterrupt):
-                if saved != done:
-                    saver.save(_snapshot(run, done))
+            error = sys.exc_info()[1]
+            if not isinstance(error, KeyboardInterrupt):
+                # of weights that are spread, the others would have to help
+                if saved != done and (error is None or run.spread is None):
+                    _save(run, saver, done)
                 log.flush()
                 saver.finish()
     world.meet()
     return _finish(run, done, "Finished", stop) if world.is_first else _code(run, done, stop)
+
+
+def _stop_signals(world: World) -> contextlib.AbstractContextManager[list[int]]:
+    if world.group is None:
+        return stop_signals()
+    return stop_signals("a step or two, all processes together" if world.is_first else None, is_last_word=True)
 
 
 class Asked:
@@ -241,12 +237,20 @@ def _engine(run: Run, stop: list[int]) -> Engine:
     name = run.config.engine
     if run.world.group is None:
         return make_engine(name, run.objective, run.updater)
-    return make_parallel(name, run.objective, run.updater, run.model, stop)
+    if run.spread is None:
+        return make_parallel(name, run.objective, run.updater, run.model, stop)
+    return make_parallel(name, run.verb.objective(run.spread, run.precision), run.updater, run.spread, stop)
 
 
-def _snapshot(run: Run, done: int) -> checkpoint.Snapshot:
-    models = {"model.safetensors": run.model, **run.verb.extra_weights()}
-    return checkpoint.take(done, models, run.updater.moments(), run.state())
+def _save(run: Run, saver: checkpoint.Saver, done: int) -> None:
+    """Every process calls it; the first one writes."""
+    run.gather()
+    if run.world.is_first:
+        models = {"model.safetensors": run.model, **run.verb.extra_weights()}
+        saver.save(checkpoint.take(done, models, run.updater.moments(), run.state()))
+    elif run.spread is not None:
+        for _ in run.updater.moments():
+            pass
 
 
 def _finish(run: Run, done: int, how: str, stop: list[int]) -> int:

@@ -3,6 +3,7 @@ without unpickling anything but tensors."""
 
 import pickle
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.distributed.checkpoint import load as load_distributed
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from kernels.launch import check
+from train.sharding import spread_as, whole
 
 # what the index of a distributed checkpoint of tensors is made of
 _CHECKPOINT = "torch.distributed.checkpoint"
@@ -64,12 +66,13 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """`PARAMETER.exp_avg` and its like, of every parameter that has been updated."""
+def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """`PARAMETER.exp_avg` and its like, of every parameter that has been updated, one after another, whole. Where they
+    are spread, every process iterates."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[parameter]}.{key}": value for parameter, own in optimizer.state.items() for key, value in own.items()
-    }
+    for parameter, own in optimizer.state.items():
+        for key, value in own.items():
+            yield f"{names[parameter]}.{key}", whole(value)
 
 
 def load_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -86,7 +89,11 @@ def load_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: di
     )
     packed = optimizer.state_dict()
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    packed["state"] = {i: by_name[names[p]] for i, p in enumerate(order) if names[p] in by_name}
+    packed["state"] = {
+        i: {key: spread_as(value, p) for key, value in by_name[names[p]].items()}
+        for i, p in enumerate(order)
+        if names[p] in by_name
+    }
     # moments and counts; the settings are this run's: of this device, and as they were asked for
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(packed)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from kernels.launch import check
 from train.moments import load_moments, moments_of
+from train.sharding import whole
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -163,7 +165,7 @@ class Updater:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if isinstance(grad_factor, Tensor) or grad_factor != 1.0:
             torch._foreach_mul_(gradients, grad_factor)
-        norm = get_total_norm(gradients)
+        norm = whole(get_total_norm(gradients))
         nonfinite = (~(norm.isfinite() & loss.isfinite())).float()
         if self._config.clip_grad is not None:
             clip_grads_with_norm_(self.parameters, self._config.clip_grad, norm)
@@ -174,8 +176,8 @@ class Updater:
         self.scaler.update()
         return StepStats(norm, nonfinite)
 
-    def moments(self) -> dict[str, Tensor]:
-        """What the optimiser remembers, by parameter."""
+    def moments(self) -> Iterator[tuple[str, Tensor]]:
+        """What the optimiser remembers, by parameter; see `train.moments.moments_of`."""
         return moments_of(self._model, self.optimizer)
 
     def state_dict(self) -> dict:

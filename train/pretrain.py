@@ -176,12 +176,20 @@ class Pretraining(Verb[PretrainConfig]):
     def inputs(self, run: Run, batch: OnDevice, step: int) -> dict[str, Tensor]:
         return {"frames": batch.frames, "keys": batch.keys}
 
+    def looks_after(self, run: Run, done: int) -> bool:
+        return self._pictures_after(run, done) or self._probes_after(run, done)
+
+    def _pictures_after(self, run: Run, done: int) -> bool:
+        return done % self.config.log.picture_every == 0 or done == run.schedule.steps
+
+    def _probes_after(self, run: Run, done: int) -> bool:
+        return done % self.config.probe.every == 0 or done == run.schedule.steps
+
     def after_step(self, run: Run, log: RunLog, done: int) -> None:
-        if done % self.config.log.picture_every == 0 or done == run.schedule.steps:
+        if self._pictures_after(run, done):
             with log.pause():
                 self._picture(run, done)
-
-        if done % self.config.probe.every == 0 or done == run.schedule.steps:
+        if self._probes_after(run, done):
             self._look(run, log, done)
 
     def _look(self, run: Run, log: RunLog, done: int) -> None:

@@ -1,5 +1,6 @@
 """All that a training run needs, found and checked before its first clip is decoded."""
 
+import copy
 import os
 import re
 import sys
@@ -21,6 +22,7 @@ from train.engine import Objective, check_engine
 from train.machine import bytes_text, decoding_cores, memory_budget, pick_device
 from train.optim import PRECISIONS, Schedule, Updater, resolve_precision, schedule
 from train.plan import BatchPlan, plan_batch
+from train.sharding import gather, shard
 from train.skipped import merge_parts
 from train.verb import Verb
 from train.waiting import Supply
@@ -40,7 +42,7 @@ _FREE = (
     *("data.path", "data.val", "data.cache", "data.cache_gb", "validate_every"),
     *("out", "epochs", "steps", "micro_batch", "workers", "device", "patience", "resume", "optim.max_nonfinite"),
     "precision",  # told apart by what it comes to
-    *("engine", "attention", "model.recompute", "model.short_last_layer"),
+    *("engine", "parallel", "attention", "model.recompute", "model.short_last_layer"),
 )
 _FREE_SECTIONS = ("loader.", "log.", "checkpoint.", "probe.")
 
@@ -58,12 +60,13 @@ class Run:
     workers: int
     plan: BatchPlan
     schedule: Schedule
-    model: nn.Module
-    objective: Objective
+    model: nn.Module  # to look at and to save; where weights are spread, the first process's alone is up to date
+    objective: Objective  # of it
     updater: Updater
     attention: dict[str, Choice]  # of each part of the model
     start: int  # steps done before
     world: World = ALONE
+    spread: nn.Module | None = None  # the model that is trained, where its weights are spread over the processes
 
     @property
     def cache(self) -> storage.CacheConfig | None:
@@ -82,6 +85,11 @@ class Run:
             stored=is_locator(self.videos.paths[0]),
             cached=storage.is_url(url) and not url.startswith("file://"),
         )
+
+    def gather(self) -> None:
+        """The weights into the first process's model, where they are spread; all processes call it."""
+        if self.spread is not None:
+            gather(self.spread, self.model if self.world.is_first else None)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the weights."""
@@ -104,7 +112,8 @@ def prepare(verb: Verb, world: World = ALONE) -> tuple[Run, Path | None]:
     """
     config = verb.config
     device = pick_device(config.device, None if world.group is None else world.local_rank)
-    check_engine(config.engine, device, verb.recompute, parallel=world.group is not None)
+    check(config.parallel == "ddp" or world.group is not None, "--parallel fsdp needs torchrun --nproc-per-node N")
+    check_engine(config.engine, device, verb.recompute, parallel=None if world.group is None else config.parallel)
     precision = resolve_precision(config.precision, device)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(available_cpus() // world.local_size, 1))
@@ -138,11 +147,17 @@ def prepare(verb: Verb, world: World = ALONE) -> tuple[Run, Path | None]:
     )
     lengths = _schedule(config, len(videos))
     world.check_same(settings=_without_place(config), videos=verb.fingerprint(videos), plan=plan, schedule=lengths)
-    updater = Updater(model, config.optim, lengths, precision, device)
+    if found:
+        checkpoint.restore(found[0], model)
+    spread = None
+    if config.parallel == "fsdp":
+        # the first process keeps a whole one, to look at and to save
+        spread = copy.deepcopy(model) if world.is_first else model
+        shard(spread, device)
+    updater = Updater(spread or model, config.optim, lengths, precision, device)
     start = 0
     if found:
         path, state = found
-        checkpoint.restore(path, model)
         updater.load_state_dict(state)
         verb.load_extra_state(path, state, model)
         torch.set_rng_state(state["rng"])
@@ -151,23 +166,26 @@ def prepare(verb: Verb, world: World = ALONE) -> tuple[Run, Path | None]:
     objective = verb.objective(model, precision)
     run = Run(
         *(verb, config, out, videos, device, precision, workers, plan, lengths, model, objective, updater),
-        *(attention, start, world),
+        *(attention, start, world, spread),
     )
+    processes = world.everyones(record.process_facts(world.rank, device)) if world.group is not None else []
     if world.is_first:
         verb.ready(run)
-        _begin_folder(run, is_new=not found)
+        _begin_folder(run, processes, is_new=not found)
     world.meet()
     return run, path
 
 
-def _begin_folder(run: Run, *, is_new: bool) -> None:
+def _begin_folder(run: Run, processes: Sequence[dict[str, Any]], *, is_new: bool) -> None:
     if run.config.resume == "never":
         record.move_aside(run.out)
     if is_new:
         (run.out / "skipped.jsonl").unlink(missing_ok=True)  # of a run that never reached a checkpoint
     merge_parts(run.out / "skipped.jsonl", run.start)
     checkpoint.set_aside_after(run.out / "checkpoints", run.start)
-    record.write_config(run.out, flat(run.config), _facts(run), resumed_at=None if is_new else run.start)
+    record.write_config(
+        run.out, flat(run.config), _facts(run), resumed_at=None if is_new else run.start, processes=processes
+    )
 
 
 def _without_place(config: RunConfig) -> dict[str, Any]:

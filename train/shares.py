@@ -164,7 +164,7 @@ def first_speaks(world: World) -> Iterator[None]:
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         try:
             yield
-        except Exception:
+        except (Exception, SystemExit):
             time.sleep(_LATER)
             raise
 

@@ -150,6 +150,9 @@ class TunedVerb(Verb[C], Generic[C, S]):
         if self.is_incomplete(run):
             self._validate(run, log, run.start)
 
+    def looks_after(self, run: Run, done: int) -> bool:
+        return self._is_due(run, done)
+
     def after_step(self, run: Run, log: RunLog, done: int) -> None:
         if self._is_due(run, done):
             self._validate(run, log, done)

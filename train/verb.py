@@ -112,8 +112,12 @@ class Verb(ABC, Generic[C]):
     def after_update(self, run: "Run", done: int) -> None:
         """After every update, done counted from 1."""
 
+    def looks_after(self, run: "Run", done: int) -> bool:
+        """Whether `after_step` looks at the weights then; the same in every process."""
+        return False
+
     def after_step(self, run: "Run", log: "RunLog", done: int) -> None:
-        """After every step's report and checkpoint, done counted from 1."""
+        """After every step's report and checkpoint, done counted from 1; the first process alone calls it."""
 
     def extra_state(self) -> dict[str, Any]:
         """What a checkpoint holds of this kind of training."""

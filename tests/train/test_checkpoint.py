@@ -23,7 +23,7 @@ STATE = dict.fromkeys(("config", "videos", "micro_batch", "precision", "rng", "s
 
 def save(folder, step, model, state, keep):
     optimizer = {f"a.{key}": torch.arange(6.0).view(2, 3) + step for key in ("exp_avg", "exp_avg_sq")}
-    taken = checkpoint.take(step, {"model.safetensors": model}, optimizer, state)
+    taken = checkpoint.take(step, {"model.safetensors": model}, optimizer.items(), state)
     return checkpoint.write(folder, taken, Checkpointing(keep=keep))
 
 
@@ -91,7 +91,7 @@ def test_leaves_nothing_behind_when_it_cannot_write(tmp_path, model, monkeypatch
 def test_a_full_disk_is_said_every_time_and_the_run_goes_on_with_the_last_good_one(tmp_path, model):
     said = []
     saver = Saver(tmp_path, Checkpointing(keep=5), said.append)
-    take = partial(checkpoint.take, models={"model.safetensors": model}, optimizer={}, state=STATE)
+    take = partial(checkpoint.take, models={"model.safetensors": model}, optimizer=(), state=STATE)
     saver.save(take(1))
     saver.finish()
     with no_file_past(4096):
@@ -109,7 +109,7 @@ def test_a_full_disk_is_said_every_time_and_the_run_goes_on_with_the_last_good_o
 def test_what_is_saved_is_what_was_there_then(tmp_path, model):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     moments = {"a.exp_avg": torch.ones(3)}
-    taken = checkpoint.take(1, {"model.safetensors": model}, moments, STATE)
+    taken = checkpoint.take(1, {"model.safetensors": model}, moments.items(), STATE)
     moments["a.exp_avg"].zero_()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -126,7 +126,7 @@ def test_the_young_stay(tmp_path, model):
     for step, hours in ((1, 5), (2, 3), (3, 1)):
         then = time.time() - 3600 * hours
         os.utime(tmp_path / f"step_{step}", (then, then))
-    taken = checkpoint.take(5, {"model.safetensors": model}, {}, STATE)
+    taken = checkpoint.take(5, {"model.safetensors": model}, (), STATE)
     checkpoint.write(tmp_path, taken, Checkpointing(keep=2, keep_hours=2))
     assert sorted(os.listdir(tmp_path)) == ["step_3", "step_4", "step_5"]
 
@@ -192,7 +192,8 @@ model = videomae.pretrain_model("vit_tiny", frames=2, image_size=16, decoder_dep
 state = dict.fromkeys(("config", "videos", "micro_batch", "precision", "rng", "scaler"), 0)
 print("ready", flush=True)
 for step in itertools.count(1):
-    taken = checkpoint.take(step % 3 + 1, {"model.safetensors": model}, {"a": torch.ones(9)}, state | {"n": step})
+    moments = {"a": torch.ones(9)}.items()
+    taken = checkpoint.take(step % 3 + 1, {"model.safetensors": model}, moments, state | {"n": step})
     checkpoint.write(pathlib.Path(sys.argv[1]), taken, checkpoint.Checkpointing(keep=3))
 """
     for attempt in range(12):

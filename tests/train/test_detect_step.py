@@ -16,7 +16,8 @@ from tests.videomae.data.test_key_frame_reader import write
 from train import cli
 from train.detect import Detection
 from train.detect_recipes import DETECT
-from train.loop import _step
+from train.distributed import ALONE
+from train.loop import Asked, _step
 from train.run import prepare
 from train.skipped import Skipped
 from videomae.data.dataset import Order, mask_keys
@@ -210,7 +211,7 @@ def test_loss_gradients_and_weights_are_those_of_the_formulas(micro, drop, movie
     samples = Order(len(run.videos), SEED, 2).samples(AT * run.plan.clips, run.plan.clips)
     batches = (fed(run, samples[i : i + micro]) for i in range(0, len(samples), micro))
     skipped = Skipped(run.out / "skipped.jsonl", run.videos.paths, 0)
-    values = _step(run, engine, AT, batches, skipped, Said(), [])["values"]
+    values = _step(run, engine, AT, batches, skipped, Said(), Asked([], ALONE))["values"]
     assert values[0].item() == pytest.approx(loss.item(), rel=1e-6)
     rate = run.schedule.at(AT)
     # the final norm learns as the head does

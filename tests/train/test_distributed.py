@@ -1,9 +1,13 @@
 """Several processes, as torchrun starts them, over gloo: the same run whatever their number, however it is parted, and
 an end for all when one of them ends."""
 
+import contextlib
 import json
 import os
+import platform
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 
@@ -14,7 +18,9 @@ from tests.runs import FAST, metrics, wait_for, weights
 from tests.train.test_finetune import ALL
 from tests.train.test_finetune import FAST as FAST_FINETUNE
 from tests.videos import moving_frames, write_video
+from train.checkpoint import checkpoints, read_state
 from train.distributed import ALONE, World, joined, place
+from train.heartbeat import Watch
 from train.memory import Workload
 from train.plan import plan_batch
 from train.recipes import PRETRAIN
@@ -163,6 +169,42 @@ def test_two_and_four_processes_do_what_one_does(videos, tmp_path):
             assert one["skipped_clips"] == other["skipped_clips"]
         plan = json.loads((tmp_path / processes / "config.json").read_text())["plan"]
         assert plan["processes"] * plan["accumulation"] == 8
+        told = json.loads((tmp_path / processes / "config.json").read_text())["processes"]
+        assert [one["rank"] for one in told] == list(range(int(processes)))
+        assert {one["host"] for one in told} == {platform.node()}
+
+
+@LONG
+@pytest.mark.parametrize("recompute", ["none", "norms", "mlp", "block"])
+def test_spread_weights_learn_the_same(recompute, videos, tmp_path):
+    flags = [*PRETRAIN_FLAGS, "--steps", 8, "--model.recompute", recompute, "--optim.clip-grad", 0.5]
+    flags += ["--log.picture-every", 3, "--checkpoint.every", 5]
+    run(0, "pretrain", videos, tmp_path / "0", flags)
+    run(2, "pretrain", videos, tmp_path / "2", [*flags, "--parallel", "fsdp"])
+    for step in (5, 8):
+        assert_close(tmp_path / "2", tmp_path / "0", step, rtol=3e-6)
+        moments = [read_state(tmp_path / n / f"checkpoints/step_{step}")["optimizer"] for n in ("0", "2")]
+        assert moments[0].keys() == moments[1].keys()
+        for name, value in moments[0].items():
+            assert (value - moments[1][name]).norm() <= 1e-4 * value.norm(), name
+    assert [line["grad_norm"] for line in metrics(tmp_path / "0")] == pytest.approx(
+        [line["grad_norm"] for line in metrics(tmp_path / "2")], rel=1e-5
+    )
+
+
+@LONG
+def test_weights_are_spread_and_brought_together_again(videos, tmp_path):
+    """A run goes on from one way to the other."""
+    flags = [*PRETRAIN_FLAGS, "--checkpoint.every", 5, "--checkpoint.keep", 99]
+    run(0, "pretrain", videos, tmp_path / "whole", [*flags, "--steps", 15])
+    out = tmp_path / "parts"
+    for processes, parallel, step in ((2, "fsdp", 5), (4, "ddp", 10), (0, "ddp", 15)):
+        # as if it had been killed after that step
+        run(processes, "pretrain", videos, out, [*flags, "--steps", 15, "--parallel", parallel])
+        for path in (out / "checkpoints").iterdir():
+            if int(path.name.removeprefix("step_")) > step:
+                shutil.rmtree(path)
+    assert_close(out, tmp_path / "whole", 15, rtol=1e-5)
 
 
 @LONG
@@ -185,10 +227,13 @@ def test_a_run_goes_on_with_another_number_of_processes(videos, tmp_path):
 
 
 @LONG
-def test_fine_tuning_with_all_that_it_draws(labelled, tmp_path):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_fine_tuning_with_all_that_it_draws(parallel, labelled, tmp_path):
     flags = [*FAST_FINETUNE, *ALL, "--batch-size", 8, "--micro-batch", 4, "--steps", 6, "--mix.group", 4]
+    flags += ["--ema", "None"] if parallel == "fsdp" else []
     for processes in (0, 2):
-        run(processes, "finetune", labelled, tmp_path / str(processes), flags)
+        ways = ["--parallel", parallel] if processes else []
+        run(processes, "finetune", labelled, tmp_path / str(processes), [*flags, *ways])
     assert_close(tmp_path / "2", tmp_path / "0", 6, rtol=1e-5)
     scores = [json.loads((tmp_path / str(n) / "evaluations.jsonl").read_text().splitlines()[-1]) for n in (0, 2)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
@@ -226,9 +271,61 @@ def test_one_that_is_killed_ends_the_others(rank, videos, tmp_path):
 
 
 @LONG
+def test_one_that_hangs_is_named_and_ends_the_others(videos, tmp_path):
+    flags, out = [*PRETRAIN_FLAGS, "--steps", 100_000, "--patience", 0.3], tmp_path / "run"
+    process = start(2, "pretrain", videos, out, flags)
+    wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) > 3)
+    (hung,) = (pid for pid in children(process.pid) if rank_of(pid) == 1)
+    os.kill(hung, signal.SIGSTOP)
+    try:
+        _, err = process.communicate(timeout=90)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(hung, signal.SIGKILL)
+    assert process.returncode == 1
+    assert f"warning: process 1 of 2, on {socket.gethostname()}, has not been heard of for" in err, err
+    assert "stopped: process 0 of 2" in err
+    # what was learned until then is there
+    assert int(checkpoints(out / "checkpoints")[0].name.removeprefix("step_")) >= 4
+
+
+def test_the_first_process_says_who_is_silent_and_who_has_no_clips():
+    watch = Watch(3, limit=60, now=0)
+
+    def beats(n, *counts):
+        return {rank: f"{n} {count} process {rank} of 3, on node{rank}" for rank, count in enumerate(counts)}
+
+    assert watch.see(beats(1, 5, 5, 5), 10) == []
+    # all wait for the first, which validates
+    assert watch.see(beats(2, 5, 5, 5), 200) == []
+    assert watch.see(beats(3, 6, 6, 5), 205) == [
+        "warning: process 2 of 3, on node2, has waited 195 s for its clips: the others wait for it"
+    ]
+    assert watch.see(beats(4, 6, 6, 5), 215) == []
+    assert watch.see(beats(5, 7, 7, 7), 220) == []
+    silent = beats(6, 8, 8, 7) | {1: beats(5, 7, 7, 7)[1]}
+    assert watch.see(silent, 250) == []
+    (said,) = watch.see(beats(7, 8, 8, 8) | {1: silent[1]}, 281)
+    assert said == "warning: process 1 of 3, on node1, has not been heard of for 61 s: the others wait for it"
+
+
+@LONG
+def test_losses_that_are_not_finite_end_all(videos, tmp_path):
+    flags = [*PRETRAIN_FLAGS, "--steps", 50, "--optim.base-lr", "1e38", "--optim.max-nonfinite", 4]
+    _, err = end(start(2, "pretrain", videos, tmp_path / "run", flags), code=1)
+    assert err.count("loss or gradient was not finite for 4 steps in a row") == 1
+    # the weights before them
+    assert (tmp_path / "run" / "checkpoints").exists()
+
+
+@LONG
 def test_what_the_user_can_mend_is_said_once(videos, tmp_path):
-    _, err = end(start(2, "pretrain", videos, tmp_path / "run", [*PRETRAIN_FLAGS, "--batch-size", 9]), code=1)
-    assert err.count("a step's 9 clips cannot be shared equally by 2 processes") == 1
+    for flags, complaint in (
+        (("--batch-size", 9), "a step's 9 clips cannot be shared equally by 2 processes"),
+        (("--batch-sice", 9), "--batch-sice"),
+    ):
+        _, err = end(start(2, "pretrain", videos, tmp_path / "run", [*PRETRAIN_FLAGS, *flags]), code=1)
+        assert err.split("Root Cause")[0].count(complaint) == 1
     assert not (tmp_path / "run").exists()
 
 

@@ -12,11 +12,13 @@ from torch.nn import functional
 import videomae
 from tests.recorder import Recorder
 from train import cli
+from train.checkpoint import Saver
+from train.distributed import ALONE
 from train.engine import Compiled, Engine, Graphs
 from train.finetune import Finetuning
 from train.finetune_recipes import FINETUNE
 from train.inference import Views
-from train.loop import _save, _step
+from train.loop import Asked, _save, _step
 from train.run import prepare
 from train.skipped import Skipped
 from train.validation import validate
@@ -87,7 +89,7 @@ def one_step(run, engine, step=AT):
     first = step * run.plan.accumulation
     batches = (fed(run, order.samples((first + i) * micro, micro)) for i in range(run.plan.accumulation))
     skipped = Skipped(run.out / "skipped.jsonl", run.videos.paths, 0)
-    return _step(run, engine, step, batches, skipped, Said(), [])["values"]
+    return _step(run, engine, step, batches, skipped, Said(), Asked([], ALONE))["values"]
 
 
 # -- the same from the formulas
@@ -305,7 +307,9 @@ def test_positions_are_interpolated_if_asked_for_and_stay_so_in_every_part_of_th
     assert torch.equal(run.model.positions, wanted)
     assert not torch.equal(fresh, wanted)
     run.verb.after_update(run, 1)
-    _save(run, 1)
+    saver = Saver(run.out / "checkpoints", run.config.checkpoint, print)
+    _save(run, saver, 1)
+    saver.finish()
     again = start(tmp_path / "bent", *given, "--positions", "interpolate")
     assert again.start == 1
     for model in (again.model, again.verb._average.module):

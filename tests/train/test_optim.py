@@ -172,10 +172,7 @@ def test_going_on_takes_the_moments_of_the_file_and_the_settings_of_the_run():
     old.set_rate(0)
     old.step(torch.zeros(()))
     model, new = small(Optim(weight_decay=0.3, betas=(0.5, 0.6)))
-    state = old.state_dict()
-    for group in state["optimizer"]["param_groups"]:
-        group["lr"], group["capturable"] = 0.25, not group["capturable"]  # as an older program, or a GPU, would have it
-    new.load_state_dict(state)
+    new.load_state_dict(old.state_dict() | {"optimizer": dict(old.moments())})
     assert [group["weight_decay"] for group in new.optimizer.param_groups] == [0.3, 0.0]
     assert all(group["betas"] == (0.5, 0.6) for group in new.optimizer.param_groups)
     assert not any(group["capturable"] for group in new.optimizer.param_groups)
@@ -185,10 +182,16 @@ def test_going_on_takes_the_moments_of_the_file_and_the_settings_of_the_run():
     assert all(group["lr"].item() == pytest.approx(0.1) for group in new.optimizer.param_groups)
 
 
+def test_moments_of_another_model_are_refused():
+    model, updater = small()
+    with pytest.raises(ValueError, match=r"knows 1 parameters that are not: decoder\.weight"):
+        updater.load_state_dict({"scaler": {}, "optimizer": {"decoder.weight.exp_avg": torch.zeros(3)}})
+
+
 def test_float16_goes_on_from_a_run_that_did_not_scale():
     _, old = small()
     _, new = small(precision="float16")
-    new.load_state_dict(old.state_dict())
+    new.load_state_dict(old.state_dict() | {"optimizer": {}})
     assert new.loss_scale.item() == 65536
 
 

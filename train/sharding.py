@@ -1,0 +1,54 @@
+"""A model whose weights, gradients and moments are spread over all processes, each block's weights brought together
+while it computes: PyTorch's FSDP2, for models that leave a GPU little else."""
+
+import warnings
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from videomae.blocks import Blocks
+from videomae.classifier import Classifier
+
+# a block hands its input on as it is, and nothing is added to it in place
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
+
+
+def shard(model: nn.Module, device: torch.device) -> FSDPModule:
+    """Spread the model, in place; every process calls it with the same weights."""
+    mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+    for module in model.modules():
+        if isinstance(module, Blocks):
+            for block in module:
+                fully_shard(block, mesh=mesh)
+    found = fully_shard(model, mesh=mesh)
+    if isinstance(model, Classifier):
+        # what its objective calls in place of forward
+        for name in ("embed", "classify"):
+            register_fsdp_forward_method(model, name)
+    return found
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of a tensor that may be spread; every process calls it."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def spread_as(x: Tensor, like: Tensor) -> Tensor:
+    """This process's part of x, which all have whole, as like is spread."""
+    if not isinstance(like, DTensor) or x.shape != like.shape:
+        return x
+    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def gather(model: nn.Module, into: nn.Module | None) -> None:
+    """The weights of a spread model into a whole one; None in the processes that do not want them. Every process calls
+    it."""
+    targets = {} if into is None else dict(into.named_parameters())
+    for name, parameter in model.named_parameters():
+        value = whole(parameter)
+        if name in targets:
+            targets[name].copy_(value)
