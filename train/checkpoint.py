@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import shutil
+import struct
 import sys
 import threading
 import time
@@ -213,7 +214,7 @@ def read_state(path: Path) -> dict[str, Any]:
         return state | {"optimizer": read_tensors(path / _OPTIMIZER)}
     except pickle.UnpicklingError as error:  # torch's message recommends loading it unsafely
         raise Damaged(f"{path}: state.pt is no checkpoint of this program, or is damaged") from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except _BROKEN as error:
         raise Damaged(f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
 
 
@@ -250,6 +251,18 @@ def restore(path: Path, model: nn.Module) -> None:
     load_weights(model, path / "model.safetensors")
 
 
+# what the reading of a damaged file raises
+_BROKEN = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+)
 # what a run needs to go on
 _KEYS = frozenset(("step", "config", "videos", "micro_batch", "precision", "rng", "scaler"))
 _OPTIMIZER, _FILES = "optimizer", "files.json"

@@ -1,15 +1,18 @@
 """What AdamW remembers of every parameter, as tensors by name; and reading them from PyTorch's distributed checkpoints
 without unpickling anything but tensors."""
 
+import io
 import pickle
+import struct
 import warnings
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint import load as load_distributed
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
@@ -30,7 +33,24 @@ _KNOWN = frozenset(
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 
-class _Index(pickle.Unpickler):
+# what a pickle, and tensors that it describes, raise where they are damaged
+_BROKEN = (
+    pickle.UnpicklingError,
+    EOFError,
+    AttributeError,
+    TypeError,
+    LookupError,
+    OverflowError,
+    AssertionError,
+    struct.error,
+)
+
+
+class _Index(pickle._Unpickler):
+    """In Python, as the one in C makes room for whatever a damaged length claims; so do arrays of bytes in both."""
+
+    dispatch = {key: load for key, load in pickle._Unpickler.dispatch.items() if key != pickle.BYTEARRAY8[0]}
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _KNOWN:
             raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
@@ -41,8 +61,7 @@ class _Reader(FileSystemReader):
     """PyTorch's, whose index is unpickled with nothing but its own types."""
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            found = _Index(file).load()
+        found = _Index(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
         check(isinstance(found, Metadata), "the index of the optimizer is none")
         files = {info.relative_path for info in found.storage_data.values()}
         check(all(Path(name).name == name for name in files), "the optimizer's index points out of the checkpoint")
@@ -53,17 +72,22 @@ class _Reader(FileSystemReader):
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a distributed checkpoint, whole, on the CPU. Raises ValueError, OSError or RuntimeError where it
     cannot be read."""
-    reader = _Reader(folder)
     try:
-        stated = reader.read_metadata().state_dict_metadata
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, LookupError) as error:
+        stated = _Reader(folder).read_metadata().state_dict_metadata
+        tensors = {name: each for name, each in stated.items() if isinstance(each, TensorStorageMetadata)}
+        check(len(tensors) == len(stated), "the optimizer holds more than tensors")
+        # nothing makes room for more than is there
+        claimed = sum(prod(each.size) * each.properties.dtype.itemsize for each in tensors.values())
+        held = sum(path.stat().st_size for path in folder.iterdir())
+        check(claimed <= held, f"the optimizer's index tells of {claimed:,} bytes, its files have {held:,}")
+        found = {name: torch.empty(each.size, dtype=each.properties.dtype) for name, each in tensors.items()}
+        if found:
+            load_distributed(found, storage_reader=_Reader(folder), no_dist=True)
+        return found
+    except CheckpointException as error:
+        raise ValueError(f"the optimizer cannot be read: {next(iter(error.failures.values()))[0]}") from error
+    except _BROKEN as error:
         raise ValueError(f"the index of the optimizer cannot be read: {error}") from error
-    tensors = {name: each for name, each in stated.items() if isinstance(each, TensorStorageMetadata)}
-    check(len(tensors) == len(stated), "the optimizer holds more than tensors")
-    found = {name: torch.empty(each.size, dtype=each.properties.dtype) for name, each in tensors.items()}
-    if found:
-        load_distributed(found, storage_reader=_Reader(folder), no_dist=True)
-    return found
 
 
 def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:

@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent, newest kept, damaged ones passed over aloud."""
 
 import contextlib
+import json
 import os
 import pickle
 import resource
@@ -142,6 +143,47 @@ def test_an_index_that_would_run_something_is_refused(tmp_path, model):
     with pytest.raises(ValueError, match=r"(posix|os)\.system has no place in a checkpoint"):
         read_tensors(path / "optimizer")
     with pytest.raises(Damaged):
+        checkpoint.read_state(path)
+
+
+# an empty list where a dict should be, a terabyte of bytes, a frame of exabytes, a memo of as many places, half a frame
+ILL_FORMED = {
+    "list": b"\x80\x02].",
+    "bytes": b"\x80\x04\x8e" + (1 << 40).to_bytes(8, "little") + b"a.",
+    "array": b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b"a.",
+    "frame": b"\x80\x04\x95" + b"\xff" * 7 + b"\x7f.",
+    "memo": b"\x80\x02Nr" + b"\xff\xff\xff\x7f" + b".",
+    "half": b"\x80\x04\x95\xff",
+    "nothing": b"\x80\x02.",
+}
+
+
+@pytest.mark.parametrize("name", ["optimizer/.metadata", "state.pt"])
+@pytest.mark.parametrize("content", ILL_FORMED.values(), ids=ILL_FORMED)
+def test_a_damaged_file_whose_sum_is_right_is_damaged(tmp_path, model, name, content):
+    path = save(tmp_path, 1, model, STATE, keep=1)
+    (path / name).write_bytes(content)
+    (path / "files.json").write_text(json.dumps(checkpoint._sums(path)))
+    with pytest.raises(Damaged):
+        checkpoint.read_state(path)
+
+
+def test_an_index_that_claims_more_than_there_is_makes_no_room_for_it(tmp_path, model):
+    path = save(tmp_path, 1, model, STATE, keep=1)
+    index = path / "optimizer" / ".metadata"
+    stated = pickle.loads(index.read_bytes())
+    stated.state_dict_metadata["a.exp_avg"].size = torch.Size([1 << 40])
+    index.write_bytes(pickle.dumps(stated))
+    with pytest.raises(ValueError, match="tells of 4,398,046,511,128 bytes, its files have"):
+        read_tensors(path / "optimizer")
+
+
+def test_tensors_that_do_not_fit_the_index_are_damaged(tmp_path, model):
+    path = save(tmp_path, 1, model, STATE, keep=1)
+    file = path / "optimizer" / "__0_0.distcp"
+    file.write_bytes(bytes(len(file.read_bytes())))
+    (path / "files.json").write_text(json.dumps(checkpoint._sums(path)))
+    with pytest.raises(Damaged, match="the optimizer cannot be read"):
         checkpoint.read_state(path)
 
 

@@ -184,7 +184,7 @@ def test_going_on_takes_the_moments_of_the_file_and_the_settings_of_the_run():
 
 def test_moments_of_another_model_are_refused():
     model, updater = small()
-    with pytest.raises(ValueError, match=r"knows 1 parameters that are not: decoder\.weight"):
+    with pytest.raises(ValueError, match=r"knows 1 other parameters: decoder\.weight"):
         updater.load_state_dict({"scaler": {}, "optimizer": {"decoder.weight.exp_avg": torch.zeros(3)}})
 
 

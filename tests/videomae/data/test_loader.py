@@ -167,7 +167,8 @@ def test_replaces_a_killed_worker_and_skips_a_clip_that_another_one_is_killed_wi
         stream = iter(loader)
         killed = [0]
         for _ in range(2):
-            wait_until(lambda: loader.worker_pids not in ([], killed) and is_blocked_in_open(loader.worker_pids[0]))
+            seen = [[], killed]
+            wait_until(lambda seen=seen: loader.worker_pids not in seen and is_blocked_in_open(loader.worker_pids[0]))
             killed = loader.worker_pids
             os.kill(killed[0], signal.SIGKILL)
         first = next(stream)
