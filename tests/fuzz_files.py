@@ -95,7 +95,7 @@ class Checkpoints(Target):
         state = {"config": {"a": [1, None]}, "videos": "0" * 16, "micro_batch": 4, "precision": "float32", "scaler": {}}
         moments = {f"{name}.exp_avg": torch.rand(shape) for name, shape in (("a", (2, 3)), ("b.c", (4,)), ("d", ()))}
         models = {"model.safetensors": Encoder(_SIZE, _INPUT)}
-        taken = checkpoint.take(7, models, moments, state | {"rng": torch.get_rng_state()})
+        taken = checkpoint.take(7, models, moments.items(), state | {"rng": torch.get_rng_state()})
         path = checkpoint.write(outside / "checkpoints", taken, Checkpointing())
         self._files = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
         self._index = pickle.loads(self._files["optimizer/.metadata"])

@@ -170,7 +170,10 @@ class Updater:
         if self._config.clip_grad is not None:
             clip_grads_with_norm_(self.parameters, self._config.clip_grad, norm)
         # what GradScaler tells a fused optimiser, for every precision
-        found_inf = nonfinite.logical_or(skip).float() if isinstance(skip, Tensor) else nonfinite.clamp_min(float(skip))
+        if isinstance(skip, Tensor):
+            found_inf = nonfinite.logical_or(skip).float()
+        else:
+            found_inf = torch.ones_like(nonfinite) if skip else nonfinite
         self.optimizer.found_inf, self.optimizer.grad_scale = found_inf, None  # type: ignore[attr-defined]
         self.optimizer.step()
         self.scaler.update()
