@@ -64,9 +64,10 @@ class Sides:
         on_gpu = device.type == "cuda"
         self._shape = shape_of("vit_base" if on_gpu else "vit_small", GPU_CLIPS if on_gpu else CPU_CLIPS)
         self._inputs = dict(zip(("frames", "keys"), (x.to(device) for x in clips_and_keys(self._shape)), strict=True))
-        self._model, self._updater, alone = self._side(lambda objective, updater, _: Engine(objective, updater))
+        _, _, alone = self._side(lambda objective, updater, _: Engine(objective, updater))
         _, _, ddp = self._side(lambda *parts: make_parallel("eager", *parts, stop=()))
-        self._engines: dict[str, Engine] = {"alone": alone, "ddp": ddp, "writing": alone}
+        self._model, self._updater, writing = self._side(lambda objective, updater, _: Engine(objective, updater))
+        self._engines: dict[str, Engine] = {"alone": alone, "ddp": ddp, "writing": writing}
         self._seconds: dict[str, list[float]] = {name: [] for name in (*self._engines, "copy", "write")}
 
     def _side(self, make: Callable[..., Engine]) -> tuple[torch.nn.Module, Updater, Engine]:

@@ -217,6 +217,7 @@ def test_planned_sections_run_on_a_cpu(tmp_path, monkeypatch):
     assert "%" in markdown(report)
 
 
+@pytest.mark.long
 def test_red_tests_fail_their_section(tmp_path):
     (tmp_path / "test_red.py").write_text("def test_red():\n    assert False\n")
     with pytest.raises(RuntimeError, match=r"pytest exited with 1: 1 failed"):

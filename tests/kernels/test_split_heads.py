@@ -88,6 +88,7 @@ def test_gives_views():
     assert torch.equal(v, qkv[:, :, 2])
 
 
+@pytest.mark.long
 def test_sums_half_gradients_in_float32(kernel_device):
     ones = torch.ones(3, 700, 1, 16, dtype=torch.float16, device=kernel_device)
     _, sums = join_op(ones, ones, ones)
