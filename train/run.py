@@ -122,11 +122,7 @@ def prepare(verb: Verb, world: World = ALONE) -> tuple[Run, Path | None]:
         videos = verb.find_videos()
     out = Path(config.out or f"runs/{verb.name}-{config.recipe}")
     check(not out.exists() or out.is_dir(), f"{out} is a file; --out is a folder for the run")
-    # the first process chooses, and warns of what is damaged
-    found = _find_checkpoint(verb, out, videos, precision) if world.is_first else None
-    path = world.from_first(found[0] if found else None)
-    if path is not None and found is None:
-        found = path, checkpoint.read_state(path)
+    found = _agreed_checkpoint(verb, out, videos, precision, world)
 
     torch.manual_seed(config.seed)
     model = verb.build()
@@ -134,17 +130,9 @@ def prepare(verb: Verb, world: World = ALONE) -> tuple[Run, Path | None]:
         verb.initialize(model)
     model = model.to(device)
     set_attention(model, config.attention)
-    work = verb.workload(sum(p.numel() for p in model.parameters()), precision, device.type)
-    plan = plan_batch(
-        config.clips_per_step,
-        work,
-        budget=world.least(memory_budget(device, world.local_size)),
-        micro_batch=config.micro_batch,
-        together=verb.together,
-        processes=world.size,
-        # memory may be another today; the same run takes the same sums
-        at_most=found[1]["micro_batch"] if found and config.resume == "auto" else None,
-    )
+    # memory may be another today; the same run takes the same sums
+    at_most = found[1]["micro_batch"] if found and config.resume == "auto" else None
+    plan = _plan(verb, model, device, precision, world, at_most)
     lengths = _schedule(config, len(videos))
     world.check_same(settings=_without_place(config), videos=verb.fingerprint(videos), plan=plan, schedule=lengths)
     if found:
@@ -173,7 +161,32 @@ def prepare(verb: Verb, world: World = ALONE) -> tuple[Run, Path | None]:
         verb.ready(run)
         _begin_folder(run, processes, is_new=not found)
     world.meet()
-    return run, path
+    return run, found[0] if found else None
+
+
+def _agreed_checkpoint(
+    verb: Verb, out: Path, videos: VideoList, precision: str, world: World
+) -> tuple[Path, dict[str, Any]] | None:
+    """Where to go on from: the first process chooses, and warns of what is damaged."""
+    found = _find_checkpoint(verb, out, videos, precision) if world.is_first else None
+    path = world.from_first(found[0] if found else None)
+    return found if found or path is None else (path, checkpoint.read_state(path))
+
+
+def _plan(
+    verb: Verb, model: nn.Module, device: torch.device, precision: str, world: World, at_most: int | None
+) -> BatchPlan:
+    """at_most: the largest micro-batch, where memory is not to decide."""
+    config = verb.config
+    return plan_batch(
+        config.clips_per_step,
+        verb.workload(sum(p.numel() for p in model.parameters()), precision, device.type),
+        budget=world.least(memory_budget(device, world.local_size)),
+        micro_batch=config.micro_batch,
+        together=verb.together,
+        processes=world.size,
+        at_most=at_most,
+    )
 
 
 def _begin_folder(run: Run, processes: Sequence[dict[str, Any]], *, is_new: bool) -> None:
