@@ -123,13 +123,10 @@ class Detection(TunedVerb[DetectConfig, KeyFrames]):
         )
 
     def describe(self, run: Run) -> list[str]:
-        config, (height, width) = self.config, self.input.size
         val = f"{len(self._val):,} key frames" if self._val else "none"
-        flip = "half of the clips mirrored" if config.augment.flip else "no flip"
         return [
             f"boxes     {self.train_set.num_boxes:,}, {len(self.train_set.classes)} classes; validation {val}",
-            *self.describe_model(run.model),
-            f"clip      {config.model.frames} x {height} x {width}, {said(config.clip)}; {flip}",
+            *self.describe_model(run.model, said(self.config.clip)),
         ]
 
     # -- in the loop

@@ -130,16 +130,14 @@ class Finetuning(TunedVerb[FinetuneConfig, LabelledVideos]):
         )
 
     def describe(self, run: Run) -> list[str]:
-        config, (height, width) = self.config, self.input.size
+        config = self.config
         sampling = (
             f"stride {config.sampling.stride}" if config.sampling.kind == "dense" else "one of each part of the video"
         )
         val = f"{len(self._val):,} videos" if self._val else "none"
-        flip = "half of the clips mirrored" if config.augment.flip else "no flip"
         return [
             f"classes   {len(self.train_set.classes)}; validation {val}",
-            *self.describe_model(run.model),
-            f"clip      {config.model.frames} x {height} x {width}, {sampling}; {flip}",
+            *self.describe_model(run.model, sampling),
         ]
 
     # -- in the loop

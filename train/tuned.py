@@ -117,12 +117,15 @@ class TunedVerb(Verb[C], Generic[C, S]):
     def fingerprint(self, videos: VideoList) -> str:
         return self.train_set.fingerprint
 
-    def describe_model(self, model: nn.Module) -> list[str]:
-        """Lines of the plan."""
+    def describe_model(self, model: nn.Module, sampling: str) -> list[str]:
+        """Lines of the plan. sampling: in words."""
         millions = sum(p.numel() for p in model.parameters()) / 1e6
+        height, width = self.input.size
+        flip = "half of the clips mirrored" if self.config.augment.flip else "no flip"
         return [
             f"model     {self.config.model.size}: {millions:.1f} M parameters",
             *(f"weights   {line.strip()}" for line in self._report),
+            f"clip      {self.config.model.frames} x {height} x {width}, {sampling}; {flip}",
         ]
 
     def facts(self) -> dict[str, Any]:
