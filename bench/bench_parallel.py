@@ -5,15 +5,16 @@ while a checkpoint is being written beside it, in turn.
 
 ViT-S on a CPU in float32, ViT-B on a GPU in bfloat16; ratios of step times. A run that saves every 100 steps waits for
 the copy into the host's memory once, and computes beside the writing for as long as that takes. Writes
-results/parallel.json and parallel.md.
+results/parallel.json and parallel.md; `python -m bench.gpu --only parallel` measures the same on a GPU.
 """
 
+import contextlib
 import json
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
-from bench.shapes import CPU_CLIPS, GPU_CLIPS, shape_of
+from bench.shapes import CPU_CLIPS, GPU_CLIPS, Shape, shape_of
 from bench.steps import OPTIM, RATE, clips_and_keys, model_of
 from train import checkpoint
 from train.engine import Engine, Parallel, make_parallel
@@ -37,32 +38,51 @@ MOST = 0.15  # what must hold on any machine, however busy
 @pytest.mark.benchmark(group="one process of several, and saving")
 def test_several_processes_and_saving_cost_little(benchmark, capsys, tmp_path):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    distributed.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", store=distributed.HashStore(), rank=0, world_size=1
-    )
-    try:
-        sides = Sides(device, tmp_path)
+    with _one_process(device):
+        sides = Sides(shape_for(device), device, tmp_path)
         benchmark.pedantic(sides.in_turn, rounds=ROUNDS, warmup_rounds=WARM_UP)
         figures = sides.figures()
-    finally:
-        distributed.destroy_process_group()
     benchmark.extra_info.update(figures)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "parallel.json").write_text(json.dumps(figures, indent=1) + "\n")
-    (RESULTS / "parallel.md").write_text(_page(figures))
+    _write(figures, RESULTS)
     with capsys.disabled():
         print("\n" + _page(figures))
     assert figures["ddp"]["median"] < 1 + MOST
     assert figures["save_share"] < MOST
 
 
+def measure(shape: Shape, device: torch.device, folder: Path, *, rounds: int = ROUNDS) -> dict[str, Any]:
+    """The figures, which are written to the folder as well. For bench.gpu."""
+    with _one_process(device), tempfile.TemporaryDirectory() as scratch:
+        sides = Sides(shape, device, Path(scratch))
+        for _ in range(WARM_UP + rounds):
+            sides.in_turn()
+        figures = sides.figures()
+    _write(figures, folder)
+    return figures
+
+
+def shape_for(device: torch.device) -> Shape:
+    """Of the model and the clips that are timed there."""
+    return shape_of("vit_base", GPU_CLIPS) if device.type == "cuda" else shape_of("vit_small", CPU_CLIPS)
+
+
+@contextlib.contextmanager
+def _one_process(device: torch.device) -> Iterator[None]:
+    """A process group of this one."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
 class Sides:
     """The same step three ways."""
 
-    def __init__(self, device: torch.device, folder: Path) -> None:
-        self._device, self._folder = device, folder
-        on_gpu = device.type == "cuda"
-        self._shape = shape_of("vit_base" if on_gpu else "vit_small", GPU_CLIPS if on_gpu else CPU_CLIPS)
+    def __init__(self, shape: Shape, device: torch.device, folder: Path) -> None:
+        """folder: where checkpoints are written, and removed."""
+        self._shape, self._device, self._folder = shape, device, folder
         self._inputs = dict(zip(("frames", "keys"), (x.to(device) for x in clips_and_keys(self._shape)), strict=True))
         _, _, alone = self._side(lambda objective, updater, _: Engine(objective, updater))
         _, _, ddp = self._side(lambda *parts: make_parallel("eager", *parts, stop=()))
@@ -133,12 +153,18 @@ class Sides:
         }
 
 
+def _write(figures: dict[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "parallel.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (folder / "parallel.md").write_text(_page(figures))
+
+
 def _page(figures: dict[str, Any]) -> str:
     seconds = figures["seconds"]
     lines = [
         "# One process of several, and saving",
         "",
-        "Written by `pytest bench/bench_parallel.py --benchmark-only`.",
+        "Written by `pytest bench/bench_parallel.py --benchmark-only`, or `python -m bench.gpu` on a GPU.",
         f"{figures['device']}, torch {figures['torch']}; {figures['model']}, {figures['clips']} clips of 16 x 224 x "
         "224;",
         f"medians of {figures['rounds']} runs in turn.",

@@ -9,11 +9,11 @@ The kernel tests, the two ceilings, whole training steps beside their rivals (be
 matters most comes first: ViT-B's step, then the ops at ViT-B and ViT-L, then the other sizes' steps. A section says how
 long it may take, and does not begin when that would end long after the time.
 
-Writes ops.md and ops.json, step.md and step.json, step_parts.png, profile.md, attention.json (what --keep-attention
-merges into videomae/attention.json), environment.json and tests.log, again after every section: one that fails is
-recorded and the next goes on, and those for which no time is left are named. The pages are written anew by every run
-that has something for them. Exits with 0 when everything was done, 1 when something failed or was skipped, 2 without a
-GPU.
+Writes ops.md and ops.json, step.md and step.json, step_parts.png, profile.md, parallel.md, attention.json (what
+--keep-attention merges into videomae/attention.json), environment.json and tests.log, again after every section: one
+that fails is recorded and the next goes on, and those for which no time is left are named. The pages are written anew
+by every run that has something for them. Exits with 0 when everything was done, 1 when something failed or was skipped,
+2 without a GPU.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ from bench import (
     bench_cube_embed,
     bench_decoder_input,
     bench_layer_norm,
+    bench_parallel,
     bench_pixel_loss,
     gpu_steps,
     plot_step,
@@ -70,14 +71,14 @@ OPS = {
     "bias_gelu": bench_bias_gelu.rows,
     "decoder_input": bench_decoder_input.rows,
 }
-STEPS = ("step", "parts", "profile", "compiled", "memory", "depth", "first_step")
+STEPS = ("step", "parts", "profile", "compiled", "memory", "depth", "first_step", "parallel")
 STEP_SIZES, COMPILED_SIZES = ("vit_base", "vit_large", "vit_small", "vit_huge"), ("vit_base", "vit_large")
 GROUPS = {"tests": ("tests",), "ceilings": ("ceilings",), "steps": STEPS, "ops": tuple(OPS)}
 PAGES = {"ops": ("tests", *OPS), "step": STEPS}
 # seconds, of the section or of its first word; untested on a GPU, the reasons are in NOTES.md. Of the tests, the share
 # of all time that they may take
 EXPECTED = {"ceilings": 5, "step": 50, "parts": 20, "profile": 30, "compiled": 160, "compiled vit_large": 240}
-EXPECTED |= {"memory": 25, "depth": 40, "first_step": 25} | dict.fromkeys(OPS, 25)
+EXPECTED |= {"memory": 25, "depth": 40, "first_step": 25, "parallel": 30} | dict.fromkeys(OPS, 25)
 # how long after the time, in seconds, a section may be expected to end
 OVERRUN = 90
 # of the time there is, what the tests may take
@@ -156,7 +157,7 @@ def order(op_sizes: Sequence[str], step_sizes: Sequence[str]) -> list[tuple[str,
     found += [(name, s) for s in first for name in ("step", "parts", "profile", "compiled")]
     found += [(name, s) for name in OPS for s in op_sizes]
     found += [("step", s) for s in second]
-    found += [(name, s) for s in first for name in ("memory", "depth", "first_step")]
+    found += [(name, s) for s in first for name in ("parallel", "memory", "depth", "first_step")]
     found += [("step", s) for s in others] + [("compiled", s) for s in step_sizes[1:]]
     return [(name, s) for name, s in found if name != "compiled" or s in COMPILED_SIZES]
 
@@ -185,6 +186,9 @@ def sections(
     def fresh(shape: Shape) -> None:
         report.steps.first_steps.append(first_step(shape.size, bench.clips(shape), bench.attention))
 
+    def several(shape: Shape) -> None:
+        bench_parallel.measure(replace(shape, clips=bench.clips(shape)), setting.device, folder)
+
     runs: dict[str, Callable[..., Any]] = {
         "tests": partial(run_tests, folder, minutes * 60 * TESTS_SHARE),
         "ceilings": ceilings,
@@ -195,6 +199,7 @@ def sections(
         "memory": partial(gpu_steps.memory, bench),
         "depth": partial(gpu_steps.depths, bench),
         "first_step": fresh,
+        "parallel": several,
         **{name: partial(_op, name, report, shapes, setting) for name in OPS},
     }
     expected = EXPECTED | {"tests": minutes * 60 * TESTS_SHARE}

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import gpu, gpu_steps
+from bench import bench_parallel, gpu, gpu_steps
 from bench.compare import Result, Setting, Work, checked, results
 from bench.gpu import Task
 from bench.issue import straight_count
@@ -149,7 +149,7 @@ def test_what_matters_most_comes_first():
     assert list(planned) == [
         *("tests", "ceilings", "step vit_base", "parts vit_base", "profile vit_base", "compiled vit_base"),
         *("attention vit_base", "attention vit_large", "layer_norm vit_base", "layer_norm vit_large"),
-        *("step vit_large", "memory vit_base", "depth vit_base", "first_step vit_base"),
+        *("step vit_large", "parallel vit_base", "memory vit_base", "depth vit_base", "first_step vit_base"),
         *("step vit_small", "step vit_huge", "compiled vit_large"),
     ]
     assert all(task.seconds > 0 for task in planned.values())
@@ -192,6 +192,19 @@ def test_the_command_runs_sections_of_steps(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "step_parts.png").exists()
     assert raw["first_steps"][0]["engine"] == "auto"
     assert "met         vit_tiny, 1 clips, auto" in capsys.readouterr().out
+
+
+def test_one_process_of_several_is_a_section(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_parallel.measure, "__kwdefaults__", {"rounds": 1})
+    report = Report({})
+    planned = gpu.sections(["parallel"], report, tmp_path, [], SETTING, 8.0, step_shapes=[shape_of("vit_tiny", 1)])
+    monkeypatch.setattr(gpu_steps.Bench, "clips", lambda *_: 1)
+    gpu.run_sections(planned, report, tmp_path, 8.0)
+    assert [(s.name, s.status) for s in report.sections] == [("parallel vit_tiny", "done")]
+    raw = json.loads((tmp_path / "parallel.json").read_text())
+    assert raw["clips"] == raw["rounds"] == 1
+    assert raw["ddp"]["median"] > 0
+    assert "takes" in (tmp_path / "parallel.md").read_text()
 
 
 def test_it_imports_without_what_a_machine_for_measuring_may_lack(tmp_path):
