@@ -1,10 +1,11 @@
-"""Mean squared error against the normalised pixels of the masked cubes, straight from uint8 frames.
+"""Mean error against the normalised pixels of the masked cubes, straight from uint8 frames.
 
 Per masked cube and channel, over its P = dt*dy*dx pixels x in [0, 1]:
     target = (x - mean(x)) / (sqrt(var(x)) + 1e-6), var with divisor P - 1     (normalize=True; else target = x)
-    loss   = scale * mean over clips, cubes and entries of (pred - target)^2   (clips weighted where weight is given)
+    loss   = scale * mean over clips, cubes and entries of e(pred - target)    (clips weighted where weight is given)
+    e(d)   = d^2 ("mse"), |d| ("l1", of derivative 0 at 0), or, "smooth-l1", d^2 / 2 where |d| < 1, else |d| - 1/2
 pred [B, M, P*C] is channel fastest: entry ((dt * 16 + dy) * 16 + dx) * C + c. Source: the official
-engine_for_pretraining (RECIPES B).
+engine_for_pretraining (RECIPES B); of the errors the published models have the first, an ablation the others.
 
 The kernel reads the masked cubes' pixels and the predictions once from memory and writes the gradient: 5 bytes an entry
 in bfloat16, 11 MB a clip, and no target. Sums over uint8 pixels are exact integers, so a constant cube gives 0.
@@ -12,6 +13,7 @@ in bfloat16, 11 MB a clip, and no target. Sums over uint8 pixels are exact integ
 
 from collections.abc import Sequence
 from math import gcd
+from typing import Literal, get_args
 
 import torch
 import triton
@@ -35,6 +37,8 @@ from kernels.launch import (
 )
 from kernels.tiles import Target, Tile, tile
 
+Error = Literal["mse", "l1", "smooth-l1"]
+ERRORS: tuple[str, ...] = get_args(Error)
 EPS = 1e-6  # added to the standard deviation, outside the root
 VECTOR = 8  # entries a thread holds together: 16 bytes of bfloat16 predictions, 8 bytes of pixels
 
@@ -75,24 +79,38 @@ def pixel_target(
     return pixels.div_(deviation + EPS * unit).flatten(2)
 
 
-class _SquaredError(torch.autograd.Function):
-    """Mean squared error of each clip, [B]. Keeps the residual, written over the target, and nothing else: mse_loss
-    keeps both its inputs and makes two more of their size, which on a CPU costs a tenth of a ViT-S step in page
-    faults."""
+def _errors(residual: Tensor, error: str) -> tuple[Tensor, Tensor, int]:
+    """Sums of the errors of residual [B, M, K], [B, M]; their derivative, but for a factor, which is the third. Writes
+    over residual."""
+    if error == "mse":
+        return torch.linalg.vector_norm(residual, dim=2).square(), residual, 2
+    if error == "l1":
+        return torch.linalg.vector_norm(residual, ord=1, dim=2), residual.sign_(), 1
+    near = residual.clamp(-1, 1)
+    beyond = residual.sub_(near)
+    sums = torch.linalg.vector_norm(near, dim=2).square() / 2 + torch.linalg.vector_norm(beyond, ord=1, dim=2)
+    return sums, near, 1
+
+
+class _Error(torch.autograd.Function):
+    """Mean error of each clip, [B]. Keeps the derivative, written over the target, and nothing else: mse_loss keeps
+    both its inputs and makes two more of their size, which on a CPU costs a tenth of a ViT-S step in page faults. Of
+    smooth-l1 forward needs one more, for a while."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, pred: Tensor, target: Tensor) -> Tensor:
-        residual = target.sub_(pred)
-        ctx.save_for_backward(residual)
-        ctx.dtype = pred.dtype  # type: ignore[attr-defined]
-        return torch.linalg.vector_norm(residual, dim=2).square().mean(dim=1) / residual.shape[2]
+    def forward(ctx: FunctionCtx, pred: Tensor, target: Tensor, error: str) -> Tensor:
+        sums, derivative, factor = _errors(target.sub_(pred), error)
+        ctx.save_for_backward(derivative)
+        ctx.dtype, ctx.factor = pred.dtype, factor  # type: ignore[attr-defined]
+        return sums.mean(dim=1) / target.shape[2]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor, None]:
-        (residual,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        factor = upstream * (-2 / (residual.shape[1] * residual.shape[2]))
-        return (residual * factor[:, None, None]).to(ctx.dtype), None  # type: ignore[attr-defined]
+    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (derivative,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        # minus: it is that of target - pred
+        factor = upstream * (-ctx.factor / (derivative.shape[1] * derivative.shape[2]))  # type: ignore[attr-defined]
+        return (derivative * factor[:, None, None]).to(ctx.dtype), None, None  # type: ignore[attr-defined]
 
 
 def pixel_loss_ref(
@@ -105,15 +123,16 @@ def pixel_loss_ref(
     scale: float | Tensor,
     mean: tuple,
     std: tuple,
+    error: str = "mse",
 ) -> Tensor:
-    """What the kernel must equal: the target in memory, then the mean squared error, no lower than float32."""
+    """What the kernel must equal: the target in memory, then the mean error, no lower than float32."""
     wide = torch.promote_types(pred.dtype, torch.float32)
     target = pixel_target(frames, masked, cube, normalize=normalize, mean=mean, std=std, dtype=wide)
     if weight is None:
-        return _SquaredError.apply(pred, target).mean() * scale
+        return _Error.apply(pred, target, error).mean() * scale
     # chosen before the difference: a clip without weight may hold inf or nan, and 0 * nan would reach every gradient
     chosen = torch.where((weight > 0)[:, None, None], pred, target.to(pred.dtype))
-    per_clip = _SquaredError.apply(chosen, target)
+    per_clip = _Error.apply(chosen, target, error)
     total = weight.to(wide).sum()
     return (per_clip * weight.to(wide)).sum() / total.clamp_min(torch.finfo(wide).tiny) * scale
 
@@ -121,10 +140,10 @@ def pixel_loss_ref(
 @triton.jit(do_not_specialize=["M", "N", "T", "H", "W", "GRID_H", "GRID_W"])
 def _loss_kernel(
     pred, frames, masked, factor, scale, values, grad, part, constant, M, N, T, H, W, GRID_H, GRID_W,
-    C: tl.constexpr, DT: tl.constexpr, DY: tl.constexpr, DX: tl.constexpr, NORMALIZE: tl.constexpr, EPS: tl.constexpr,
-    ALIGN: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
+    C: tl.constexpr, DT: tl.constexpr, DY: tl.constexpr, DX: tl.constexpr, NORMALIZE: tl.constexpr, ERROR: tl.constexpr,
+    EPS: tl.constexpr, ALIGN: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """One cube: its sums, its target, its squared error, its gradient."""
+    """One cube: its sums, its target, its error, its gradient."""
     P: tl.constexpr = DT * DY * DX
     K: tl.constexpr = P * C
     UINT8: tl.constexpr = frames.dtype.element_ty == tl.uint8
@@ -214,10 +233,23 @@ def _loss_kernel(
         target = (tiles[q] - shift).to(tl.float32) * rate
         difference = tl.load(pred + row * K + k, mask=k < K, other=0.0).to(tl.float32) - target
         difference = tl.where(k < K, difference, 0.0)
-        error += tl.sum(difference * difference, axis=1)
+        size = tl.abs(difference)
+        if ERROR == "mse":
+            error += tl.sum(difference * difference, axis=1)
+        elif ERROR == "l1":
+            error += tl.sum(size, axis=1)
+        else:
+            error += tl.sum(tl.where(size < 1.0, 0.5 * difference * difference, size - 0.5), axis=1)
         if grad is not None:
+            if ERROR == "mse":
+                slope = difference * (2.0 * share)
+            else:
+                slope = tl.where(difference > 0.0, 1.0, 0.0) - tl.where(difference < 0.0, 1.0, 0.0)
+                if ERROR == "smooth-l1":
+                    slope = tl.where(size >= 1.0, slope, difference)
+                slope *= share
             # a clip without weight may hold inf or nan: 0 * nan would reach every gradient
-            slope = tl.where(share == 0.0, 0.0, difference * (2.0 * share))
+            slope = tl.where(share == 0.0, 0.0, slope)
             tl.store(grad + row * K + k, slope, mask=k < K)
     tl.store(part + row, tl.where(share == 0.0, 0.0, tl.sum(error, axis=0) * share))
 
@@ -242,6 +274,7 @@ def _forward(
     values: Tensor | None,
     cube: Sequence[int],
     normalize: bool,
+    error: str,
     number: float,
     write_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -251,8 +284,9 @@ def _forward(
     part = torch.empty(B * M, dtype=torch.float32, device=pred.device)
     grad = torch.empty_like(pred) if write_gradient else pred.new_empty(0)
     constant = number * (1 if factor is None else B) / max(1, pred.numel())
-    constants = {"C": C, "DT": dt, "DY": dy, "DX": dx, "NORMALIZE": normalize, "EPS": EPS, "VECTOR": VECTOR}
-    constants |= {"ALIGN": gcd(VECTOR, dx * C, W * C), "GROUPS": triton.next_power_of_2(triton.cdiv(K, VECTOR * C))}
+    constants = {"C": C, "DT": dt, "DY": dy, "DX": dx, "NORMALIZE": normalize, "ERROR": error}
+    constants |= {"EPS": EPS, "VECTOR": VECTOR, "ALIGN": gcd(VECTOR, dx * C, W * C)}
+    constants["GROUPS"] = triton.next_power_of_2(triton.cdiv(K, VECTOR * C))
     tensors = (pred, frames, masked, factor, scale, values, grad if write_gradient else None, part)
     sizes = (constant, M, grid[0] * grid[1] * grid[2], T, H, W, grid[1], grid[2])
     launch(
@@ -276,7 +310,7 @@ def _rescale(grad: Tensor, upstream: Tensor) -> None:
 forward_op = torch.library.custom_op("videomae::pixel_loss", _forward, mutates_args=())
 rescale_op = torch.library.custom_op("videomae::pixel_loss_rescale", _rescale, mutates_args=("grad",))
 forward_op.register_fake(
-    lambda pred, frames, masked, factor, scale, values, cube, normalize, number, write_gradient: (
+    lambda pred, frames, masked, factor, scale, values, cube, normalize, error, number, write_gradient: (
         pred.new_empty((), dtype=torch.float32),
         torch.empty_like(pred) if write_gradient else pred.new_empty(0),
     )
@@ -309,7 +343,7 @@ class _Loss(torch.autograd.Function):
         if _version(grad) != ctx.version:  # type: ignore[attr-defined]
             raise RuntimeError("pixel_loss hands out its gradient once: it was modified by an inplace operation since")
         rescale_op(grad, upstream)
-        return grad, *[None] * 8
+        return grad, *[None] * 9
 
 
 def pixel_loss(
@@ -323,6 +357,7 @@ def pixel_loss(
     scale: float | Tensor = 1.0,
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
+    error: Error = "mse",
 ) -> Tensor:
     """The loss, a scalar of at least float32, differentiable in pred, once for every forward.
 
@@ -331,9 +366,11 @@ def pixel_loss(
     masked: integer [B, M]; a cube number outside [0, N) gives NaN on a GPU, and IndexError elsewhere.
     weight: [B], not negative; the loss is then the weighted mean over clips, and 0 when all weights are 0.
     scale: a factor (accumulation, loss scaling), a number or a scalar tensor; it enters before the gradient is rounded.
+    error: of an entry, see the top.
     A kernel writes the gradient in forward, if one is needed; backward hands it out as it is where upstream is 1.
     Raises ValueError when shapes and devices do not fit together, or a cube has a single pixel to normalise.
     """
+    check(error in ERRORS, f"error must be one of {', '.join(ERRORS)}; got {error!r}")
     check_frames(frames, cube)
     check_index(masked, "masked", frames)
     pixels = cube[0] * cube[1] * cube[2]
@@ -356,7 +393,7 @@ def pixel_loss(
     check_contiguous(pred=pred, weight=weight)
     check_same_device(frames=frames, weight=weight, scale=tensor)
     if not runs_triton(pred):
-        return pixel_loss_ref(pred, frames, masked, cube, normalize, weight, scale, mean, std)
+        return pixel_loss_ref(pred, frames, masked, cube, normalize, weight, scale, mean, std, error)
     check_kernel_dtypes(pred=pred, frames=None if frames.dtype == torch.uint8 else frames)
     # sums of squares of more pixels would not fit 32 bits
     check(pixels <= 32768, f"a cube must have at most 32768 pixels to run the kernel; got {tuple(cube)}")
@@ -365,7 +402,7 @@ def pixel_loss(
         factor = weight.float() / weight.float().sum().clamp_min(torch.finfo(torch.float32).tiny)
     if frames.dtype != torch.uint8:
         values = channel_values((*std, *mean), 1, torch.float32, pred.device)
-    arguments = (pred, frames, masked, factor, tensor, values, cube, normalize, number)
+    arguments = (pred, frames, masked, factor, tensor, values, cube, normalize, error, number)
     if torch.is_grad_enabled() and pred.requires_grad:
         return _Loss.apply(*arguments)
     return forward_op(*arguments, False)[0]

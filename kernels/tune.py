@@ -10,7 +10,6 @@ beats its time twice by more than 2 % and more than the spread; otherwise the sh
 GPUs, ops and shapes stay.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -31,6 +30,7 @@ from bench.timing import Timing, measure, num_sets
 from kernels import tiles
 from kernels.tiles import Tile
 from kernels.tune_jobs import Job, candidates, jobs, select
+from videomae.command_line import Parser, run_main
 
 PUBLISHED = ("vit_small", "vit_base", "vit_large", "vit_huge")
 # a candidate must be faster by more than this, and by more than the spread
@@ -186,9 +186,9 @@ def tune(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m kernels.tune", (__doc__ or "").strip())
     parser.add_argument("--ops", nargs="+", default=(), help="layer_norm, attention.backward, ...; all if not given")
-    parser.add_argument("--sizes", nargs="+", choices=PUBLISHED, default=PUBLISHED)
+    parser.add_argument("--sizes", nargs="+", choices=PUBLISHED, default=PUBLISHED, help="all if not given")
     parser.add_argument("--clips", type=int, default=GPU_CLIPS, help="in a batch")
     parser.add_argument("--minutes", type=float, default=10.0, help="nothing is begun later")
     parser.add_argument("--dry-run", action="store_true", help="measure and print, write nothing")
@@ -213,4 +213,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -156,7 +156,7 @@ def _pixel_jobs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Itera
 
     def loss(seed: int) -> tuple:
         pred = _random((B, M, K), dtype, device, seed)
-        constants = (None, None, None, CUBE, True, 1.0, True)
+        constants = (None, None, None, CUBE, True, "mse", 1.0, True)
         return pred, _frames(shape, device, seed), shape.mask(seed, device).masked, *constants
 
     pixels = B * V * K

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import kernels
+from kernels.pixel_loss import Error
 from videomae import masking
 from videomae.classifier import Classifier
 from videomae.data.mix import Mix, blend_tokens, mixed_cross_entropy
@@ -28,6 +29,7 @@ class PretrainObjective:
     decoder_mask: str = "none"
     decoder_ratio: float = 0.5
     normalize: bool = True
+    error: Error = "mse"
     autocast: torch.dtype | None = None
 
     def __call__(
@@ -46,6 +48,7 @@ class PretrainObjective:
             cube=self.model.input.cube,
             weight=weight,
             scale=scale,
+            error=self.error,
         )
 
     def mask(self, keys: Tensor) -> masking.Mask:

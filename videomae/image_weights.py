@@ -1,4 +1,5 @@
-"""Image transformers as the beginning of a video one: ImageMAE, timm and DeiT, and Hugging Face's ViT, ViTMAE and DeiT.
+"""Image transformers as the beginning of a video one: ImageMAE, timm and DeiT, Hugging Face's ViT, ViTMAE and DeiT, and
+our own, which are models of clips of one frame.
 
 Their kernel is spread over the cube's frames and divided by their number, so that a still gives its image's tokens
 (I3D, arXiv 1705.07750). Class tokens, learned positions, heads and decoders have no place here and are dropped; so is
@@ -85,14 +86,19 @@ def _split_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def inflated(tensors: Mapping[str, Tensor], cube: tuple[int, int, int], source: str) -> dict[str, Tensor]:
-    """The tensors for clips: the kernel [D, C, dy, dx] becomes [D, C, dt, dy, dx], each frame having 1/dt of it.
+    """The tensors for clips: the kernel [D, C, dy, dx], ours [D, C, 1, dy, dx], becomes [D, C, dt, dy, dx], each frame
+    having 1/dt of it.
 
-    ValueError unless patches have the cube's height and width.
+    ValueError where there is no such kernel, and unless patches have the cube's height and width.
     """
-    kernel, (slots, *sides) = tensors[PROJECTION], cube
-    patch = list(kernel.shape[2:])
+    name, (slots, *sides) = next((name for name in tensors if name.endswith(PROJECTION)), PROJECTION), cube
+    kernel = tensors.get(name)
+    if kernel is None or kernel.ndim not in (4, 5) or kernel.shape[2:-2].numel() != 1:
+        raise ValueError(f"{source} is no image model: it has no {PROJECTION} of one frame")
+    patch = list(kernel.shape[-2:])
     check(patch == sides, f"{source} has patches of {_by(patch)} pixels, the model's cubes have {_by(sides)}")
-    return {**tensors, PROJECTION: (kernel / slots).unsqueeze(2).repeat(1, 1, slots, 1, 1)}
+    still = kernel if kernel.ndim == 5 else kernel.unsqueeze(2)
+    return {**tensors, name: (still / slots).repeat(1, 1, slots, 1, 1)}
 
 
 def _by(sides: list[int]) -> str:

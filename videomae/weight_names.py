@@ -14,7 +14,8 @@ from videomae.weight_files import Stated
 
 _DECODER = ("decoder.", "mask_token", "encoder_to_decoder.")
 _HEAD = ("fc_norm.", "head.")
-NOT_ALWAYS = (*_DECODER, *_HEAD, "norm.")  # what one kind of model has and another has not
+_OF_CONTRAST = ("projector.", "predictor.")
+NOT_ALWAYS = (*_DECODER, *_HEAD, *_OF_CONTRAST, "norm.")  # what one kind of model has and another has not
 # names that no file should hold beside what the model takes: ignoring them would change what is computed
 _TRANSFORMER = re.compile(r"(decoder\.)?(blocks\.\d+|patch_embed|pos_embed)(\.|$)|videomae\.|embeddings\.|encoder\.")
 

@@ -6,7 +6,6 @@ writes a `<specialisation>.cubin` for each specialisation of the published sizes
 says how each is launched: its symbol, threads, dynamic shared memory, and arguments in order. No GPU is needed.
 """
 
-import argparse
 import json
 import math
 from pathlib import Path
@@ -18,6 +17,7 @@ from triton.backends.nvidia.compiler import sm_arch_from_capability
 from kernels.aot.catalogue import arch_option, specialisations
 from kernels.aot.specialise import Built, build
 from kernels.tiles import table_hash
+from videomae.command_line import Parser, run_main
 
 MANIFEST = "manifest.json"
 
@@ -74,7 +74,7 @@ def write(folder: Path, made: dict[str, Any], built: list[Built]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m kernels.aot.build", (__doc__ or "").strip())
     parser.add_argument("--arch", type=arch_option, required=True, help="a compute capability: 80 90 100 120")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write to; made where missing")
     arguments = parser.parse_args()
@@ -86,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -73,7 +73,7 @@ def _pixel_ops(size: Size, visible: int, dtype: torch.dtype) -> None:
     decoder_input_backward(sequence, visible, wide)
     pred = _empty(BATCH, masked, 1536, dtype=dtype)
     for factor, writes in ((None, True), (_empty(BATCH, dtype=wide), True), (None, False)):
-        pixel_loss_forward(pred, frames, hidden, factor, None, None, CUBE, True, 1.0, writes)
+        pixel_loss_forward(pred, frames, hidden, factor, None, None, CUBE, True, "mse", 1.0, writes)
     pixel_loss_rescale(pred, _empty(1, dtype=wide))
 
 

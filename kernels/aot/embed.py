@@ -5,7 +5,6 @@ python -m kernels.aot.embed --out tables.c DIR...      # folders that kernels.ao
 Of all kernels it takes those behind videomae_kernels.h: the cube embedding and the loss, forward, in bfloat16.
 """
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from kernels.aot.build import MANIFEST
 from kernels.launch import IMAGENET_MEAN, IMAGENET_STD
+from videomae.command_line import Parser, run_main
 
 # what the library calls it: module, function, and the arguments that are absent
 ROLES = {
@@ -83,7 +83,7 @@ def source(folders: list[Path]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m kernels.aot.embed", (__doc__ or "").strip())
     parser.add_argument("--out", type=Path, required=True, help="the C file to write")
     parser.add_argument("folders", type=Path, nargs="+", metavar="DIR")
     arguments = parser.parse_args()
@@ -91,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -7,7 +7,6 @@ Allowed errors lie beside the answers, as `<answer>_allowed`: for tokens and gra
 values, twice what rounding the largest result to bfloat16 costs; for the loss, a float32 sum, 1e-5 of it.
 """
 
-import argparse
 import struct
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from kernels.launch import IMAGENET_MEAN, IMAGENET_STD, Launch, recording
 from kernels.pixel_loss import _forward as pixel_loss_forward
 from kernels.pixel_loss import pixel_loss_ref
 from kernels.tiles import assuming
+from videomae.command_line import Parser, run_main
 
 # N = 2 x 6 x 7 cubes: all of them fill more than a tile of rows, and D more than a tile of columns
 B, T, H, W, D, V, M = 2, 4, 96, 112, 144, 5, 7
@@ -88,7 +88,7 @@ def launches(given: dict[str, Tensor], architecture: int) -> str:
             tensors = (given["frames"], given["weight"], given["bias"], given["positions"], index)
             cube_embed_forward(*tensors, fold_values(given["frames"], IMAGENET_MEAN, IMAGENET_STD), torch.bfloat16)
         for writes in (False, True):
-            options = (None, None, None, CUBE, True, SCALE, writes)
+            options = (None, None, None, CUBE, True, "mse", SCALE, writes)
             pixel_loss_forward(given["pred"], given["frames"], given["masked"], *options)
     return "".join(_line(launch) + "\n" for launch in found)
 
@@ -111,7 +111,7 @@ def packed(records: Records) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m kernels.aot.golden", (__doc__ or "").strip())
     parser.add_argument("--out", type=Path, required=True, help="the file to write")
     parser.add_argument(
         "--arch", type=arch_option, nargs="+", required=True, help="compute capabilities: 80 90 100 120"
@@ -126,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -5,7 +5,6 @@ python -m kernels.aot.report --write                          # the same, kept i
 python -m kernels.aot.report --arch 90 --size vit_base --json
 """
 
-import argparse
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +18,7 @@ import triton
 from kernels.aot.catalogue import ARCHITECTURES, PUBLISHED, arch_option, specialisations
 from kernels.aot.specialise import Built, build
 from kernels.tiles import table_hash
+from videomae.command_line import Parser, run_main
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results" / "kernels_aot.md"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -69,12 +69,12 @@ def _record(b: Built) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m kernels.aot.report", (__doc__ or "").strip())
     parser.add_argument(
         "--arch", type=arch_option, nargs="+", default=ARCHITECTURES, help="compute capabilities: 80 90 100 120"
     )
-    parser.add_argument("--size", nargs="+", choices=PUBLISHED, default=PUBLISHED)
-    parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=("bf16",))
+    parser.add_argument("--size", nargs="+", choices=PUBLISHED, default=PUBLISHED, help="all if not given")
+    parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=("bf16",), help="bf16 if not given")
     parser.add_argument("--json", action="store_true", help="a list of objects instead of the table")
     parser.add_argument("--write", action="store_true", help=f"also write {RESULTS.name}")
     arguments = parser.parse_args()
@@ -86,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

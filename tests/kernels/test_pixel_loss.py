@@ -1,12 +1,14 @@
-"""pixel_loss against RECIPES B written out in float64, its gradients, and the cases where precision is easily lost."""
+"""pixel_loss against RECIPES B written out in float64, and torch's other errors; its gradients, and the cases where
+precision is easily lost."""
 
 import pytest
 import torch
 from einops import rearrange
+from torch.nn import functional
 
 from kernels import pixel_loss
 from kernels.launch import IMAGENET_MEAN, IMAGENET_STD
-from kernels.pixel_loss import forward_op, pixel_loss_ref, rescale_op
+from kernels.pixel_loss import ERRORS, forward_op, pixel_loss_ref, rescale_op
 from tests.kernels.harness import assert_matches, assert_works_captured, assert_works_compiled, sweep
 from tests.tolerance import assert_as_good_as_torch
 from videomae import masking
@@ -21,20 +23,22 @@ def make(seed=0, batch=2):
     return frames, masked, torch.randn(batch, masked.shape[1], 1536)
 
 
-def written_out(pred, frames, masked, normalize=True):
-    """Cube by cube, as the recipe says it."""
+def targets(frames, masked, normalize=True):
+    """Cube by cube, as the recipe says it, in float64."""
     videos = frames.double() / 255
     cubes = rearrange(videos, "b (t p0) (h p1) (w p2) c -> b (t h w) (p0 p1 p2) c", p0=2, p1=16, p2=16)
-    per_clip = []
+    found = []
     for b in range(len(frames)):
-        errors = []
-        for m, n in enumerate(masked[b]):
+        for n in masked[b]:
             cube = cubes[b, n]
             if normalize:
                 cube = (cube - cube.mean(0)) / (cube.var(0, unbiased=True).sqrt() + 1e-6)
-            errors.append((pred[b, m].double() - rearrange(cube, "p c -> (p c)")) ** 2)
-        per_clip.append(torch.stack(errors).mean())
-    return torch.stack(per_clip)
+            found.append(rearrange(cube, "p c -> (p c)"))
+    return torch.stack(found).view(*masked.shape, -1)
+
+
+def written_out(pred, frames, masked, normalize=True):
+    return ((pred.double() - targets(frames, masked, normalize)) ** 2).mean(dim=(1, 2))
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -49,6 +53,55 @@ def test_is_the_mean_squared_error_against_the_recipe(normalize, dtype):
     torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
     got, wanted = torch.autograd.grad(loss, pred)[0], torch.autograd.grad(truth, truth_pred)[0]
     assert_as_good_as_torch(got, wanted, wanted.to(dtype))
+
+
+OTHERS = {"l1": functional.l1_loss, "smooth-l1": functional.smooth_l1_loss}
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("error", OTHERS)
+def test_measures_other_errors_as_torch_does(error, dtype, normalize):
+    frames, masked, pred = make()
+    pred = (pred * 2).to(dtype).requires_grad_()
+    weight, target = torch.tensor([0.5, 1.5]), targets(frames, masked, normalize)
+    truth_pred = pred.detach().double().requires_grad_()
+    each = OTHERS[error](truth_pred, target, reduction="none").mean(dim=(1, 2))
+    for weights, truth in ((None, each.mean()), (weight, (each * weight).sum() / weight.sum())):
+        loss = pixel_loss(pred, frames, masked, normalize, weight=weights, scale=3.0, error=error)
+        torch.testing.assert_close(loss.double(), 3 * truth, rtol=1e-6, atol=0)
+        got = torch.autograd.grad(loss, pred)[0].double()
+        wanted = torch.autograd.grad(3 * truth, truth_pred, retain_graph=True)[0]
+        # of the largest slope; the target has a few roundings of its own
+        assert (got - wanted).abs().max() <= max(torch.finfo(dtype).eps, 4e-6) * wanted.abs().max()
+
+
+def assert_turns_in_the_right_places(device):
+    """Where the prediction is right, and where smooth-l1 goes over into a line; a black cube has target 0."""
+    frames = torch.zeros(1, 1, 2, 4, 3, dtype=torch.uint8, device=device)
+    masked, pred = torch.zeros(1, 1, dtype=torch.int64, device=device), torch.zeros(1, 1, 24, device=device)
+    pred[0, 0, :6] = torch.tensor([0.0, -0.0, 1.0, -1.0, 0.5, -3.0])
+    slopes = {"mse": [0, 0, 2, -2, 1, -6], "l1": [0, 0, 1, -1, 1, -1], "smooth-l1": [0, 0, 1, -1, 0.5, -1]}
+    sums = {"mse": 11.25, "l1": 5.5, "smooth-l1": 3.625}
+    for error in ERRORS:
+        loss = pixel_loss(pred.requires_grad_(), frames, masked, cube=(1, 2, 4), scale=24.0, error=error)
+        assert loss.item() == pytest.approx(sums[error])
+        slope = torch.autograd.grad(loss, pred)[0][0, 0]
+        torch.testing.assert_close(slope[:6].cpu(), torch.tensor(slopes[error], dtype=torch.float32))
+        assert slope[6:].abs().max() == 0
+
+
+def test_turns_in_the_right_places():
+    assert_turns_in_the_right_places("cpu")
+
+
+def test_other_errors_pass_on_what_is_not_finite():
+    frames, masked, pred = make()
+    for error in ERRORS:
+        pred[0, 0, 0] = float("nan")
+        assert pixel_loss(pred, frames, masked, error=error).isnan()
+        pred[0, 0, 0] = float("inf")
+        assert pixel_loss(pred, frames, masked, error=error).isinf()
 
 
 def test_gives_exactly_zero_target_for_a_constant_cube():
@@ -125,9 +178,11 @@ def kernel_case(dtype, device, cube=CUBE, batch=2, count=5, frames=4, height=32,
 MEANS, STDS = (0.485, 0.456, 0.406, 0.1, 0.9), (0.229, 0.224, 0.225, 0.5, 0.05)
 
 
-def assert_kernel_matches(pred, clip, masked, cube=CUBE, normalize=True, weight=None, scale=1.0, upstream=0.7):
+def assert_kernel_matches(
+    pred, clip, masked, cube=CUBE, normalize=True, weight=None, scale=1.0, upstream=0.7, error="mse"
+):
     channels = clip.shape[-1]
-    constants = {"mean": MEANS[:channels], "std": STDS[:channels]}
+    constants = {"mean": MEANS[:channels], "std": STDS[:channels], "error": error}
 
     def op(pred):
         return pixel_loss(pred, clip, masked, normalize, cube=cube, weight=weight, scale=scale, **constants)
@@ -166,6 +221,27 @@ def test_kernel_takes_float_frames_and_plain_targets(normalize, dtype, kernel_de
     mean, std = (torch.tensor(v, device=kernel_device) for v in (IMAGENET_MEAN, IMAGENET_STD))
     assert_kernel_matches(pred, clip, masked, normalize=normalize)
     assert_kernel_matches(pred, (clip / 255 - mean) / std, masked, normalize=normalize)
+
+
+@pytest.mark.parametrize(("error", "dtype"), sweep(OTHERS, long=["l1"]))
+def test_kernel_measures_other_errors(error, dtype, kernel_device):
+    sizes = {"batch": 3, "count": 1, "frames": 1, "height": 4, "width": 8}
+    pred, clip, masked = kernel_case(dtype, kernel_device, cube=(1, 4, 4), **sizes)
+    weight = torch.tensor([0.3, 0.0, 2.0], device=kernel_device)
+    assert_kernel_matches(pred * 2, clip, masked, cube=(1, 4, 4), weight=weight, scale=0.25, error=error)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("error", OTHERS)
+def test_kernel_measures_other_errors_of_all_frames(error, normalize, kernel_device):
+    pred, clip, masked = kernel_case(torch.float32, kernel_device, count=2, cube=(2, 8, 8))
+    for frames in (clip, clip / 255 - 0.5):
+        assert_kernel_matches(pred * 2, frames, masked, cube=(2, 8, 8), normalize=normalize, error=error)
+
+
+def test_kernel_turns_in_the_right_places(kernel_device):
+    assert_turns_in_the_right_places(kernel_device)
 
 
 @pytest.mark.parametrize("upstream", [1.0, 65536.0, 0.0])
@@ -291,10 +367,12 @@ def test_kernel_takes_an_empty_batch(kernel_device):
     assert torch.autograd.grad(loss, pred)[0].shape == pred.shape
 
 
-@pytest.mark.parametrize("writes", [True, False])
-def test_kernel_is_registered_as_torch_wants_it(writes, bare_kernel_device):
+@pytest.mark.parametrize(
+    ("error", "writes"), [("mse", True), ("mse", False), pytest.param("l1", True, marks=pytest.mark.long)]
+)
+def test_kernel_is_registered_as_torch_wants_it(error, writes, bare_kernel_device):
     pred, clip, masked = kernel_case(torch.float32, bare_kernel_device, batch=1, count=2)
-    torch.library.opcheck(forward_op, (pred, clip, masked, None, None, None, CUBE, True, 0.1, writes))
+    torch.library.opcheck(forward_op, (pred, clip, masked, None, None, None, CUBE, True, error, 0.1, writes))
     torch.library.opcheck(rescale_op, (pred, torch.tensor(3.0, device=bare_kernel_device)))
 
 
@@ -304,7 +382,8 @@ def test_kernel_works_compiled(kernel_device):
     for upstream in (1.0, 3.0):
         up = torch.tensor(upstream, device=kernel_device)
         assert_works_compiled(lambda pred: pixel_loss(pred, clip, masked), (pred,), (up,))
-    assert_works_compiled(lambda pred: pixel_loss(pred, clip, masked, weight=weight, scale=2.0), (pred,), (up,))
+    options = {"weight": weight, "scale": 2.0, "error": "smooth-l1"}
+    assert_works_compiled(lambda pred: pixel_loss(pred, clip, masked, **options), (pred,), (up,))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -329,6 +408,7 @@ def test_kernel_works_captured(kernel_device):
         ({"weight": torch.ones(2, requires_grad=True)}, "weight is fixed"),
         ({"weight": torch.ones(2, device="meta")}, "weight is on meta, frames on cpu"),
         ({"mean": (0.5,)}, "3 channels"),
+        ({"error": "huber"}, "error must be one of mse, l1, smooth-l1; got 'huber'"),
     ],
     ids=[
         "entries",
@@ -343,6 +423,7 @@ def test_kernel_works_captured(kernel_device):
         "trained weight",
         "device",
         "mean",
+        "error",
     ],
 )
 def test_refuses(change, says):

@@ -1,6 +1,7 @@
 """image_weights: image transformers begin video ones with the same arithmetic, and what has no place is named."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from torch.nn import functional
 import videomae
 from kernels.launch import IMAGENET_MEAN, IMAGENET_STD
 from videomae.blocks import NORM_EPS
-from videomae.image_weights import is_image, to_official
+from videomae.data.sampling import Sampling
+from videomae.image_weights import PROJECTION, inflated, is_image, to_official
 from videomae.model import Encoder
-from videomae.weights import describe, model_from
+from videomae.weights import describe, model_from, save_weights, set_normalization
 
 WIDTH, HEADS = 64, 4  # vit_tiny's, two blocks deep
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -241,6 +243,73 @@ def test_it_refuses_incomplete_ones_other_patches_and_models_that_are_not_begun_
     twice = ("layers.0.attention.q_proj.bias", "encoder.layer.0.attention.attention.query.bias")
     with pytest.raises(ValueError, match="twice, under two spellings"):
         to_official(theirs | dict.fromkeys(twice, torch.ones(1)), "a dict")
+
+
+@pytest.fixture
+def of_one_frame(tmp_path):
+    """Our own image model, trained with another normalisation; its file."""
+    torch.manual_seed(0)
+    model = videomae.pretrain_model("vit_tiny", frames=1, image_size=32, cube=(1, 8, 8), decoder_depth=1)
+    set_normalization(model, *HALF)
+    model.input = model.encoder.input = replace(model.encoder.input, sampling=Sampling("dense", 4))
+    save_weights(model, tmp_path / "image.safetensors")
+    return model, tmp_path / "image.safetensors"
+
+
+@pytest.mark.parametrize("slots", [2, 4])
+def test_our_own_of_one_frame_gives_a_still_its_images_tokens(slots, of_one_frame):
+    image, file = of_one_frame
+    model = videomae.classifier("vit_tiny", num_classes=3, frames=8, image_size=32, cube=(slots, 8, 8))
+    own = model.positions.clone()
+    report = videomae.load_weights(model, file)
+    assert report.fresh == ("fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias")
+    assert len(report.used) == len(model.state_dict()) - 4
+    clip, _ = still(frames=8)
+    got, wanted = model.embed(clip) - model.positions, image.encoder.embed(clip[:, :1]) - image.encoder.positions
+    torch.testing.assert_close(got, wanted.repeat(1, 8 // slots, 1), rtol=1e-5, atol=2e-5)
+    for name, weight in model.blocks.named_parameters():
+        assert torch.equal(weight, image.encoder.blocks.get_parameter(name)), name
+    assert torch.equal(model.positions, own)
+    assert (model.input.positions_of, model.input.sampling) == (None, None)
+    assert (model.input.mean, model.input.std) == HALF
+
+
+def test_the_report_on_our_own_says_what_became_of_kernel_and_positions(of_one_frame):
+    report = videomae.load_weights(encoder(frames=16, cube=(2, 8, 8)), of_one_frame[1])
+    assert report.format == "videomae"
+    said = str(report)
+    assert "the file's frames: 1, the model's: 16" in said
+    assert "an image model: its kernel is spread over 2 frames\n" in said
+    assert "positions: the model's own, of 8x4x4 cubes" in said
+    assert "1 frame of 32x32 in cubes of 1x8x8" in describe(of_one_frame[1])
+
+
+def test_our_own_remains_a_model_of_one_frame_where_cubes_have_one(of_one_frame):
+    image, file = of_one_frame
+    again, report = model_from(file)
+    assert torch.equal(again.encoder.patch_embed.proj.weight, image.encoder.patch_embed.proj.weight)
+    model = encoder(frames=4, cube=(1, 8, 8))
+    report = videomae.load_weights(model, file)
+    assert torch.equal(model.patch_embed.proj.weight, image.encoder.patch_embed.proj.weight)
+    assert "positions: the model's own, of 4x4x4 cubes; the weights know 1x4x4" in str(report)
+    assert "image model" not in str(report)
+
+
+def test_our_own_is_refused_where_it_does_not_fit(of_one_frame):
+    _, file = of_one_frame
+    with pytest.raises(ValueError, match=r"image.safetensors has patches of 8x8 pixels, the model's cubes have 16x16"):
+        videomae.load_weights(encoder(), file)
+    with pytest.raises(ValueError, match="is an image model, whose positions are not those of clips"):
+        videomae.load_weights(encoder(cube=(2, 8, 8)), file, positions="interpolate")
+    pretrain = videomae.pretrain_model("vit_tiny", frames=2, image_size=32, cube=(2, 8, 8), decoder_depth=1)
+    with pytest.raises(ValueError, match="an image model, without a decoder for clips: load it into an Encoder"):
+        videomae.load_weights(pretrain, file)
+    of_clips = encoder(cube=(2, 8, 8)).state_dict()
+    for tensors in (of_clips, {}, {PROJECTION: torch.ones(3)}):
+        with pytest.raises(
+            ValueError, match="a dict is no image model: it has no patch_embed.proj.weight of one frame"
+        ):
+            inflated(tensors, (2, 8, 8), "a dict")
 
 
 def test_it_tells_images_from_clips():
