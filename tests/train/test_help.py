@@ -1,0 +1,58 @@
+"""Pages of help: what is shown first, and how it is cut."""
+
+from train.detect_recipes import DETECT
+from train.evaluation import EVALUATE
+from train.features import FeaturesConfig
+from train.finetune_recipes import FINETUNE
+from train.flags import flags_of
+from train.help import COMMON, _cut, commands_of, first_page, section_page
+from train.probe_config import ProbeConfig
+from train.recipes import PRETRAIN
+
+ALL = (PRETRAIN["demo"](), FINETUNE["demo"](), DETECT["demo"](), EVALUATE["demo"](), ProbeConfig, FeaturesConfig)
+
+
+def test_every_common_flag_exists():
+    there = {flag.key for config in ALL for flag in flags_of(config)}
+    missing = {key for keys in COMMON.values() for key in keys} - there
+    assert missing <= {"seeds"}  # of train.study
+
+
+def test_a_page_fits_a_screen():
+    for config, recipes in zip(ALL, (PRETRAIN, FINETUNE, DETECT, EVALUATE, (), ()), strict=True):
+        page = first_page(config, prog="python -m prog", about="about", recipes=tuple(recipes), examples=["x", "y"])
+        assert len(page.splitlines()) <= 45
+        assert max(map(len, page.splitlines())) <= 100
+
+
+def test_every_flag_has_a_text_or_its_section_does():
+    for config in ALL:
+        for flag in flags_of(config):
+            assert flag.about or flag.section, flag.key
+
+
+def test_cuts_where_a_clause_ends():
+    text = "folder of the run; a name of its own (of recipe and verb), if not given"
+    assert _cut(text, 80) == text
+    assert _cut(text, 60) == "folder of the run"
+    assert _cut("a long explanation: what it does", 20) == "a long explanation"
+    assert _cut("no: end of a clause to be found here", 20) == "no: end of a ..."
+
+
+def test_shows_commands_that_the_recipes_give():
+    found = commands_of(PRETRAIN, "demo", "python -m train.pretrain")
+    assert found == ["python -m train.pretrain", "python -m train.pretrain tiny --data FOLDER"]
+    assert commands_of(PRETRAIN, "demo", "python -m train.plan") == []
+
+
+def test_a_verb_of_few_flags_shows_all_it_has_of_its_own():
+    page = first_page(ProbeConfig, prog="p", about="a")
+    for flag in flags_of(ProbeConfig):
+        assert flag.section or f"  {flag.names[0]}" in page, flag.key
+    assert "usage: p --weights WEIGHTS [--flag VALUE ...]" in page
+
+
+def test_every_section_stands_in_the_whole():
+    text = section_page(PRETRAIN["demo"](), "")
+    for name in ("data", "optim", "mask", "probe"):
+        assert f"\n{name}: " in text
