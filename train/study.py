@@ -1,7 +1,8 @@
 """Small experiments that show the method at work, each from one command: `python -m train.study [NAME]`.
 
 A study is a list of the project's own commands by several seeds, run side by side and gone on with where it was
-stopped, and ends in a table and a plot. See study_learns.py and study_detects.py for what there is.
+stopped, and ends in a table and a plot. See study_learns.py, study_detects.py and, for the paper's ablations,
+study_tables.py for what there is.
 """
 
 import sys
@@ -13,23 +14,30 @@ import torch
 
 from train import study_detects, study_learns
 from train.cli import parse_flags, user_errors
+from train.study_ablations import Ablations
 from train.study_jobs import JobFailed, Terminated, run_jobs
+from train.study_pages import write
 from train.study_rows import PROG, StudyConfig
+from train.study_tables import TABLES
+from videomae.command_line import run_main
 from videomae.data.pool import available_cpus
 
-_STUDIES = {"learns": study_learns, "detects": study_detects}
+_SINGLE = {"learns": study_learns, "detects": study_detects}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 done, 1 a run failed, 2 wrong use, 130 and 143 stopped by Ctrl-C, SIGTERM."""
-    about = "Small experiments on the demo's clips, each ending in a table and a plot."
+    about = "Small experiments on the demo's clips, each ending in tables and plots."
     given = sys.argv[1:] if arguments is None else arguments
     config = parse_flags(given, StudyConfig, prog=PROG, about=about)
     begin = time.monotonic()
-    study, folder = _STUDIES[config.name], Path(config.runs) / config.name
+    # tables of the ablations share their runs
+    folder = Path(config.runs) / (config.name if config.name in _SINGLE else "ablations")
     at_once = config.jobs or (1 if torch.cuda.is_available() else available_cpus())
     with user_errors(PROG):
-        jobs = study.jobs(config, folder)
+        tables = TABLES.values() if config.name == "ablations" else [TABLES[config.name]]
+        ablations = None if config.name in _SINGLE else Ablations(list(tables), config, folder)
+        jobs = ablations.jobs() if ablations else _SINGLE[config.name].jobs(config, folder)
     print(f"study {config.name}: {len(jobs)} runs, {at_once} at a time, in {folder}")
     try:
         seconds = run_jobs(jobs, folder, at_once=at_once, threads=max(available_cpus() // at_once, 1))
@@ -39,11 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stopped:
         print(f"{PROG}: stopped; the same command goes on", file=sys.stderr)
         return 143 if isinstance(stopped, Terminated) else 130
-    out = Path(config.out) / config.name
+    out, took = Path(config.out) / config.name, time.monotonic() - begin
     out.mkdir(parents=True, exist_ok=True)
-    study.report(config, folder, jobs, seconds, time.monotonic() - begin)
+    if ablations:
+        print("\n".join(write(ablations, jobs, seconds, took, out)))
+    else:
+        _SINGLE[config.name].report(config, folder, jobs, seconds, took)
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_main(main)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kernels.launch import check
+from videomae.wording import counted
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def run_jobs(
     waiting = [job for job in jobs if job.name not in done]
     running: list[_Running] = []
     if done:
-        say(f"{len(done)} of {len(jobs)} runs were done before")
+        say(f"{len(done)} of {counted(len(jobs), 'run')} done before")
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         while waiting or running:

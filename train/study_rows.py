@@ -21,7 +21,25 @@ PROG = "python -m train.study"
 class StudyConfig:
     """A study; what is not given is as the study has it."""
 
-    name: Annotated[Literal["learns", "detects"], tyro.conf.Positional] = "learns"
+    # ablations: all the tables after it, which can also be asked for one by one
+    name: Annotated[
+        Literal[
+            "learns",
+            "detects",
+            "ablations",
+            "start",
+            "rates",
+            "masks",
+            "ratio",
+            "depth",
+            "loss",
+            "schedule",
+            "videos",
+            "labels",
+            "transfer",
+        ],
+        tyro.conf.Positional,
+    ] = "learns"
     seeds: int = 3
     labels: int | None = None  # labelled clips
     epochs: float | None = None  # over the labelled clips

@@ -2,15 +2,17 @@
 
 A disc of two colours lies on a plain dark background. Its colours, place, size and angle in the middle of the video are
 drawn from the seed alone; the motion only says how it comes there and goes on. So the middle
-frame does not tell the class.
+frame does not tell the class. A second domain, to see what carries over, has squares instead, dark on a bright
+background.
 Files are lossless H.264 in RGB, so what decord reads is what `render` drew, and a plain background is exactly plain: a
 cube without contrast has the target 0, and one grey level of coding noise would turn that into noise of unit variance.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
@@ -45,6 +47,10 @@ _DARK, _LOW, _HIGH = (10, 50), (85, 115), (210, 250)
 _PAIRS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0))
 
 
+Look = Literal["discs", "squares"]
+_SIDE = 0.875  # half a square's side, in radii of the disc that it stands for: about the same area
+
+
 @dataclass(frozen=True)
 class Disc:
     """An object, the same for every motion: how it is in the middle of the video and how fast it would change."""
@@ -56,12 +62,13 @@ class Disc:
     step: float
     turn: float
     growth: float
+    square: bool = False
 
 
-def render(seed: int, motion: int, *, frames: int, size: int) -> np.ndarray:
+def render(seed: int, motion: int, *, frames: int, size: int, pace: float = 1.0, look: Look = "discs") -> np.ndarray:
     """One video, uint8 [frames, size, size, 3] in RGB, the same on every machine.
 
-    `motion` is an index into `MOTIONS`; `seed` counts modulo 2**64.
+    `motion` is an index into `MOTIONS`; `seed` counts modulo 2**64; `pace` is a factor on all speeds.
     The middle frame (odd `frames`) is the same for every motion.
     """
     if not 0 <= motion < len(MOTIONS):
@@ -69,7 +76,9 @@ def render(seed: int, motion: int, *, frames: int, size: int) -> np.ndarray:
     if frames < 1 or size < 8:
         raise ValueError(f"frames must be at least 1 and size at least 8, got {frames} and {size}")
     background, disc = _look(seed)
-    return to_bytes(paint(background, disc, motion, np.arange(frames) - (frames - 1) / 2, size=size))
+    disc = replace(disc, square=look == "squares")
+    picture = paint(background, disc, motion, pace * (np.arange(frames) - (frames - 1) / 2), size=size)
+    return to_bytes(255.0 - picture if look == "squares" else picture)
 
 
 def _look(seed: int) -> tuple[np.ndarray, Disc]:
@@ -131,8 +140,10 @@ def paint(below: np.ndarray, disc: Disc, motion: int, time: np.ndarray, *, size:
     # rounded, because the last bit of a cosine differs between machines; +, -, * and sqrt do not
     cosine = np.array([round(math.cos(a) * 2**20) / 2**20 for a in angle])[:, None, None]
     sine = np.array([round(math.sin(a) * 2**20) / 2**20 for a in angle])[:, None, None]
-    inside = np.clip(radius[:, None, None] - np.sqrt(dx * dx + dy * dy) + 0.5, 0.0, 1.0)[..., None]
-    second = np.clip(dx * cosine + dy * sine + 0.5, 0.0, 1.0)[..., None]
+    along, across = dx * cosine + dy * sine, dy * cosine - dx * sine
+    away = np.maximum(np.abs(along), np.abs(across)) / _SIDE if disc.square else np.sqrt(dx * dx + dy * dy)
+    inside = np.clip(radius[:, None, None] - away + 0.5, 0.0, 1.0)[..., None]
+    second = np.clip(along + 0.5, 0.0, 1.0)[..., None]
     colour = disc.halves[0] + (disc.halves[1] - disc.halves[0]) * second
     return below + (colour - below) * inside
 
@@ -151,6 +162,8 @@ def make_demo(
     frames: int = 12,
     size: int = 40,
     seed: int = 0,
+    pace: float = 1.0,
+    look: Look = "discs",
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """The path of `train.csv` in a folder of demo videos, made there unless it is there already.
@@ -162,9 +175,13 @@ def make_demo(
     the others wait. ValueError if the folder holds anything else.
     """
 
+    drawn: dict[str, Any] = {"frames": frames, "size": size}
+    if (pace, look) != (1.0, "discs"):
+        drawn |= {"pace": pace, "look": look}
+
     def video(which: int, index: int, path: str) -> tuple[np.ndarray, list[str]]:
         motion = index % len(MOTIONS)
-        return render(key(seed, which, index), motion, frames=frames, size=size), [f"{path} {motion}"]
+        return render(key(seed, which, index), motion, **drawn), [f"{path} {motion}"]
 
-    parameters = {"format": _FORMAT, "train": train, "test": test, "frames": frames, "size": size, "seed": seed}
+    parameters = {"format": _FORMAT, "train": train, "test": test, "seed": seed, **drawn}
     return make_folder(folder, video, parameters=parameters, mark="demo.json", classes=MOTIONS, progress=progress)

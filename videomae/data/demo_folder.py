@@ -7,9 +7,10 @@ A folder has the videos in `train/` and `test/`, a list of each, `train.csv` and
 import fcntl
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -27,7 +28,7 @@ def make_folder(
     folder: Path,
     video: MakeVideo,
     *,
-    parameters: dict[str, int],
+    parameters: Mapping[str, Any],
     mark: str,
     classes: Sequence[str],
     header: str | None = None,
@@ -62,7 +63,7 @@ def make_folder(
 def _write_splits(
     folder: Path,
     video: MakeVideo,
-    parameters: dict[str, int],
+    parameters: Mapping[str, Any],
     header: str | None,
     progress: Callable[[int, int], None] | None,
 ) -> None:
@@ -94,7 +95,7 @@ def _encode(path: Path, video: np.ndarray) -> None:
         container.mux(stream.encode())
 
 
-def _is_complete(folder: Path, parameters: dict[str, int], mark: str) -> bool:
+def _is_complete(folder: Path, parameters: Mapping[str, Any], mark: str) -> bool:
     try:
         if json.loads((folder / mark).read_text()) != parameters or not (folder / _CLASSES).is_file():
             return False

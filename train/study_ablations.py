@@ -1,0 +1,211 @@
+"""The paper's ablations in small: on slow clips of the demo's kind, 16 frames of 48 x 48, every line of every table is
+an encoder pre-trained in its own way, then fine-tuned on a few labelled clips and probed as it is. See study_tables.py.
+
+Lines that share a pre-training share its run, so that all tables together cost little more than their parts.
+"""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kernels.launch import check
+from train.finetune_recipes import FINETUNE
+from train.moco_recipes import MOCO
+from train.recipes import PRETRAIN
+from train.study_jobs import Job
+from train.study_rows import StudyConfig, last_value
+from train.study_tables import Before, Line, Table
+from videomae.data.demo import Look, make_demo
+
+FRAMES, SIZE, PACE = 20, 56, 0.6  # of a video; its speed beside the demo's, so that a disc stays in the picture as long
+VIDEOS, STEPS, LABELS, EPOCHS = 32, 600, 504, 5.0  # videos a step, of which each gives two clips
+# steps of the same time, as measured (bench/NOTES.md)
+SAME_TIME = {"train.pretrain": 1.0, "train.moco": 1.0}
+PRETRAIN_RATE = {"train.pretrain": 1.0, "train.moco": 1.0}  # times the recipe's
+FINETUNE_RATES = (0.5, 1.0, 2.0)  # times the recipe's
+CHOSEN = 1  # of them, where a line is fine-tuned at one
+
+
+@dataclass(frozen=True)
+class Found:
+    """A line's results, a value for each seed."""
+
+    line: Line
+    tuned: tuple[float, ...]  # top-1, %
+    linear: tuple[float, ...]
+    rate: float  # at which it was fine-tuned
+    minutes: float = 0.0  # of pre-training, one core
+    clips: float = 0.0  # seen in it
+    peak: int = 0  # bytes of a step, estimated
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.tuned)
+
+    @property
+    def deviation(self) -> float:
+        return statistics.stdev(self.tuned) if len(self.tuned) > 1 else 0.0
+
+
+class Ablations:
+    """Some of the tables, with the runs that they need."""
+
+    def __init__(self, tables: Sequence[Table], config: StudyConfig, folder: Path) -> None:
+        """folder: of the runs."""
+        self.tables, self.config, self._folder = tuple(tables), config, folder
+        self._jobs: dict[str, Job] = {}
+
+    @property
+    def steps(self) -> int:
+        return self.config.steps or STEPS
+
+    @property
+    def epochs(self) -> float:
+        return self.config.epochs or EPOCHS
+
+    def seeds(self, line: Line) -> range:
+        return range(min(self.config.seeds, line.seeds or self.config.seeds))
+
+    # -- the runs
+
+    def jobs(self) -> list[Job]:
+        """Every command once, pre-training first, the longest of it at the beginning."""
+        self._jobs = {}
+        for table in self.tables:
+            for line in table.lines:
+                for seed in self.seeds(line):
+                    self._of(line, seed)
+        return sorted(self._jobs.values(), key=lambda job: (bool(job.needs), -_length(job)))
+
+    def _of(self, line: Line, seed: int) -> None:
+        before = None if line.before is None else self._before(line.before, seed)
+        labelled = self._labelled(line.look, line.labels or self.config.labels or LABELS)
+        start = () if before is None else ("--weights", str(before))
+        needs = () if before is None else (before.name,)
+        geometry = self._geometry(line.before)
+        for i in self.rates(line):
+            rate = FINETUNE["demo"]().optim.base_lr * FINETUNE_RATES[i]
+            flags = (*_flags(_GEOMETRY), "--epochs", f"{self.epochs:g}", "--optim.base-lr", f"{rate:.6g}")
+            fresh = ("--positions", "fresh") if before is not None and geometry != _GEOMETRY else ()
+            tune = ("train.finetune", "demo", "--data", str(labelled), *flags, *start, *fresh)
+            self._add(self.tune_run(line, i, seed), tune, seed, needs)
+        if before is not None and geometry == _GEOMETRY:
+            probe = ("train.probe", "--weights", str(before), "--data", str(labelled), "--method", "linear")
+            self._add(self.probe_run(line, seed), probe, seed, needs)
+
+    def _before(self, before: Before, seed: int) -> Path:
+        run, data = self.pretrain_run(before, seed), self._unlabelled(before.look, before.videos)
+        steps = max(round(self.steps * before.length * SAME_TIME[before.verb]), 1)
+        flags = {**self._geometry(before), **before.flags, "--batch-size": f"{VIDEOS}", "--steps": f"{steps}"}
+        if before.verb == "train.pretrain":
+            flags = {"--mask.ratio": "0.9", **flags}
+        recipe = (PRETRAIN if before.verb == "train.pretrain" else MOCO)["demo"]()
+        rate = recipe.optim.base_lr * PRETRAIN_RATE[before.verb] * before.rate
+        flags["--optim.base-lr"] = f"{rate:.6g}"
+        self._add(run, (before.verb, "demo", "--data", str(data), *_flags(flags)), seed)
+        return run
+
+    def _add(self, run: Path, arguments: tuple[str, ...], seed: int, needs: tuple[str, ...] = ()) -> None:
+        log = () if arguments[0] == "train.probe" else ("--log.tensorboard", "false")
+        common = ("--seed", str(seed), *log, "--workers", "1", "--out", str(run))
+        job = Job(run.name, (*arguments, *common), needs)
+        check(self._jobs.setdefault(run.name, job) == job, f"two commands are called {run.name}")
+
+    def _geometry(self, before: Before | None) -> dict[str, str]:
+        return {**_GEOMETRY, **{k: v for k, v in (before.flags if before else {}).items() if k in _GEOMETRY}}
+
+    # -- folders of runs, which all tables share
+
+    def rates(self, line: Line) -> Sequence[int]:
+        return range(len(FINETUNE_RATES)) if line.tuned else (CHOSEN,)
+
+    def pretrain_run(self, before: Before, seed: int) -> Path:
+        return self._folder / f"{before.name}-{seed}"
+
+    def tune_run(self, line: Line, rate: int, seed: int) -> Path:
+        return self._folder / f"{_line_name(line)}-tuned-{rate}-{seed}"
+
+    def probe_run(self, line: Line, seed: int) -> Path:
+        return self._folder / f"{_line_name(line)}-linear-{seed}"
+
+    # -- data
+
+    def _unlabelled(self, look: Look, videos: int | None) -> Path:
+        return self._part(look, "train", videos, self._folder / f"videos-{look}-{videos or 'all'}.csv")
+
+    def _labelled(self, look: Look, labels: int) -> Path:
+        home = self._folder / f"labelled-{look}-{labels}"
+        self._part(look, "train", labels, home / "train.csv")
+        self._part(look, "test", None, home / "test.csv")
+        (home / "classes.txt").write_text((self._rendered[look].parent / "classes.txt").read_text())
+        return home
+
+    def _part(self, look: Look, split: str, most: int | None, path: Path) -> Path:
+        """A list of the first videos, whose classes take turns."""
+        lines = self._lines(look, split)
+        check(most is None or most <= len(lines), f"labels must be at most {len(lines):,}; got {most}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(lines[:most]))
+        return path
+
+    def _lines(self, look: Look, split: str) -> list[str]:
+        """Of a rendered list, with whole paths."""
+        rendered = self._rendered[look].with_name(f"{split}.csv")
+        return [f"{rendered.parent}/{line}\n" for line in rendered.read_text().splitlines()]
+
+    @cached_property
+    def _rendered(self) -> Mapping[Look, Path]:
+        looks = {line.look for table in self.tables for line in table.lines}
+        looks |= {line.before.look for table in self.tables for line in table.lines if line.before}
+        return {
+            look: make_demo(Path(f"data/slow-{look}"), frames=FRAMES, size=SIZE, pace=PACE, look=look) for look in looks
+        }
+
+    # -- results
+
+    def read(self, table: Table) -> list[Found]:
+        """What the finished runs found, line by line."""
+        return [self._read(line) for line in table.lines]
+
+    def _read(self, line: Line) -> Found:
+        seeds = self.seeds(line)
+        tuned = {
+            i: tuple(last_value(self.tune_run(line, i, seed), "val_top1") for seed in seeds) for i in self.rates(line)
+        }
+        best = max(tuned, key=lambda i: statistics.fmean(tuned[i]))
+        found = Found(line, tuned[best], (), FINETUNE["demo"]().optim.base_lr * FINETUNE_RATES[best])
+        if line.before is None:
+            return found
+        probes = [self.probe_run(line, seed) / "result.json" for seed in seeds]
+        linear = tuple(json.loads(p.read_text())["accuracy"]["linear"]["top1"] for p in probes if p.exists())
+        return replace(found, linear=linear, **_cost(self.pretrain_run(line.before, 0)))
+
+
+def _cost(run: Path) -> dict[str, Any]:
+    """Of a pre-training run: minutes by its usual rate, clips, bytes at a step's peak."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    plan = json.loads((run / "config.json").read_text())["plan"]
+    clips = plan["steps"] * plan["clips_per_step"]
+    rate = statistics.median(line["clips_per_second"] for line in lines)
+    return {"minutes": clips / rate / 60, "clips": clips, "peak": plan["peak_bytes"]}
+
+
+_GEOMETRY = {"--model.frames": "16", "--model.image-size": "48", "--model.cube": "2 8 8"}
+
+
+def _flags(flags: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(word for flag, value in flags.items() for word in (flag, *value.split()))
+
+
+def _line_name(line: Line) -> str:
+    name = line.before.name if line.before else "scratch"
+    name += f"-{line.labels}-labels" if line.labels else ""
+    return name + (f"-on-{line.look}" if line.look != "discs" else "")
+
+
+def _length(job: Job) -> int:
+    return int(job.arguments[job.arguments.index("--steps") + 1]) if "--steps" in job.arguments else 0

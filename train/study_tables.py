@@ -1,0 +1,206 @@
+"""The tables of the ablation study: for each line how the encoder is trained before it is fine-tuned, and what the
+paper found (VideoMAE, arXiv 2203.12602, tables 1 to 4; RECIPES I)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from videomae.data.demo import Look
+
+
+@dataclass(frozen=True)
+class Before:
+    """A pre-training: a verb, and the flags that differ from the study's own."""
+
+    name: str  # of its runs
+    verb: str = "train.pretrain"
+    flags: Mapping[str, str] = field(default_factory=dict)
+    length: float = 1.0  # times the study's steps
+    rate: float = 1.0  # times the learning rate that was chosen
+    videos: int | None = None  # of the training videos; all, if not given
+    look: Look = "discs"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a table. before: None trains from scratch; seeds: how many, all of the study's if not given."""
+
+    title: str
+    before: Before | None
+    paper: tuple[str, ...] = ()
+    x: float | None = None  # where a curve has it
+    seeds: int | None = 1
+    tuned: bool = False  # fine-tuned at every rate, the best of which counts
+    labels: int | None = None  # labelled clips; the study's if not given
+    look: Look = "discs"  # of the labelled clips
+    curve: str = ""  # which curve it is a point of
+
+
+@dataclass(frozen=True)
+class Table:
+    """Lines that are compared. order: pairs of titles, of which the paper has the first before the second; why: what
+    is known of a difference to the paper, said where there is one."""
+
+    name: str
+    title: str
+    about: str
+    lines: tuple[Line, ...]
+    paper: tuple[str, ...] = ()  # titles of the paper's columns
+    order: tuple[tuple[str, str], ...] = ()
+    why: str = ""
+    axis: str = ""  # of a curve
+    costs: bool = False  # memory and time of pre-training are shown
+
+
+TUBE = Before("videomae")
+MOCO = Before("moco", "train.moco")
+IMAGE = Before(
+    "image",
+    flags={"--model.frames": "1", "--model.cube": "1 8 8", "--mask.kind": "random", "--mask.ratio": "0.75"},
+)
+_K400, _SSV2 = "K400", "SSv2"
+
+
+def _mask(kind: str, ratio: float) -> Before:
+    return Before(f"{kind}-{ratio:g}", flags={"--mask.kind": kind, "--mask.ratio": f"{ratio:g}"})
+
+
+def _labels(title: str, before: Before | None) -> tuple[Line, ...]:
+    counts = (96, 252, 1008)
+    return tuple(Line(f"{title}, {n} labels", before, x=n, labels=n, curve=title) for n in counts)
+
+
+START = Table(
+    "start",
+    "How training starts",
+    "Top-1 after fine-tuning on the same labelled clips. Every line is fine-tuned at three learning rates, the best of "
+    "which counts; MoCo v3 and VideoMAE were given the same time, and each the best of three learning rates of its "
+    "own.",
+    (
+        Line("from scratch", None, ("32.6", "68.8"), seeds=None, tuned=True),
+        Line("image-inflated (ImageMAE)", IMAGE, ("64.8", "78.7"), tuned=True),
+        Line("MoCo v3", MOCO, ("54.2", "74.2"), seeds=None, tuned=True),
+        Line("VideoMAE", TUBE, ("69.6", "80.0"), seeds=None, tuned=True),
+    ),
+    (_SSV2, _K400),
+    (("VideoMAE", "MoCo v3"), ("MoCo v3", "from scratch"), ("VideoMAE", "image-inflated (ImageMAE)")),
+    costs=True,
+)
+MASKS = Table(
+    "masks",
+    "What is hidden",
+    "Mask and ratio. A clip has 6 x 6 places in 8 time slots, so that tubes of 75 % hide 27 of 36 places, of 90 % 32 "
+    "(88.9 %), of 95 % 34 (94.4 %).",
+    (
+        Line("tube 75 %", _mask("tube", 0.75), ("68.0", "79.8"), seeds=None),
+        Line("tube 90 %", TUBE, ("69.6", "80.0"), seeds=None),
+        Line("tube 95 %", _mask("tube", 0.95), seeds=None),
+        Line("random 90 %", _mask("random", 0.9), ("68.3", "79.5"), seeds=None),
+        Line("frame 87.5 %", _mask("frame", 0.875), ("61.5", "76.5"), seeds=None),
+    ),
+    (_SSV2, _K400),
+    (("tube 90 %", "tube 75 %"), ("tube 90 %", "random 90 %"), ("random 90 %", "frame 87.5 %")),
+)
+RATIO = Table(
+    "ratio",
+    "How much is hidden",
+    "Tube masks of rising ratio.",
+    tuple(
+        Line(f"tube {ratio} %", TUBE if ratio == 90 else _mask("tube", ratio / 100), x=ratio)
+        for ratio in (25, 50, 75, 90, 95)
+    ),
+    axis="hidden, %",
+)
+DEPTH = Table(
+    "depth",
+    "Decoder depth",
+    "Blocks of the decoder; the paper's memory is of one GPU.",
+    tuple(
+        Line(f"{depth}", Before(f"depth-{depth}", flags={"--model.decoder-depth": f"{depth}"}), paper)
+        if depth != 2
+        else Line("2", TUBE, paper)
+        for depth, paper in (
+            (1, ("68.5", "79.0", "7.9 GB")),
+            (2, ("69.2", "79.2", "10.2 GB")),
+            (4, ("69.6", "80.0", "14.7 GB")),
+            (8, ("69.3", "79.7", "23.7 GB")),
+        )
+    ),
+    (_SSV2, _K400, "memory"),
+    costs=True,
+)
+LOSS = Table(
+    "loss",
+    "Target and loss",
+    "Pixels normalised by each cube's mean and deviation, or as they are; the error that is averaged.",
+    (
+        Line("normalised, MSE", TUBE, ("69.6", "80.0")),
+        Line("normalised, L1", Before("l1", flags={"--target.loss": "l1"}), ("69.1", "79.7")),
+        Line("normalised, smooth L1", Before("smooth-l1", flags={"--target.loss": "smooth-l1"}), ("68.9", "79.6")),
+        Line("pixels as they are, MSE", Before("pixels", flags={"--target.normalize": "false"})),
+    ),
+    (_SSV2, _K400),
+    (("normalised, MSE", "normalised, L1"), ("normalised, MSE", "normalised, smooth L1")),
+)
+SCHEDULE = Table(
+    "schedule",
+    "Length of pre-training",
+    "Steps, each a schedule of its own from warm-up to the end.",
+    (
+        Line("a quarter", Before("quarter", length=0.25), x=0.25),
+        Line("half", Before("half", length=0.5), x=0.5),
+        Line("whole", TUBE, x=1),
+        Line("double", Before("double", length=2), x=2),
+    ),
+    order=(("double", "whole"), ("whole", "half"), ("half", "a quarter")),
+    axis="times the study's steps",
+)
+VIDEOS = Table(
+    "videos",
+    "Videos to pre-train on",
+    "The same number of steps on fewer videos.",
+    (
+        Line("75", Before("videos-75", videos=75), x=75),
+        Line("300", Before("videos-300", videos=300), x=300),
+        Line("1,200", Before("videos-1200", videos=1200), x=1200),
+        Line("all 4,800", TUBE, x=4800),
+    ),
+    order=(("all 4,800", "75"),),
+    axis="videos",
+)
+LABELS = Table(
+    "labels",
+    "Labelled clips",
+    "Data efficiency: the same three starts, fine-tuned on fewer and more labelled clips, as many epochs each. The "
+    "paper's figures are of four data sets, each pre-trained on itself: 240k, 169k, 9.5k and 3.5k videos.",
+    (
+        *_labels("from scratch", None),
+        *_labels("MoCo v3", MOCO),
+        *_labels("VideoMAE", TUBE),
+    ),
+    axis="labelled clips",
+)
+TRANSFER = Table(
+    "transfer",
+    "Transfer to another domain",
+    "Fine-tuned on squares, dark on a bright ground, whose motions are the same; pre-trained on them, or on discs, "
+    "bright on a dark ground. The paper's figures are from K400 to SSv2, UCF101 and HMDB51.",
+    (
+        Line("from scratch", None, ("32.6", "51.4", "18.0"), look="squares"),
+        Line("MoCo v3 on discs", MOCO, ("62.4", "93.2", "67.9"), look="squares"),
+        Line("VideoMAE on discs", TUBE, ("68.5", "96.1", "73.3"), look="squares"),
+        Line("VideoMAE on squares", Before("squares", look="squares"), ("69.6", "91.3", "62.6"), look="squares"),
+    ),
+    (_SSV2, "UCF101", "HMDB51"),
+    (("VideoMAE on discs", "MoCo v3 on discs"), ("MoCo v3 on discs", "from scratch")),
+)
+RATES = Table(
+    "rates",
+    "Learning rate of pre-training",
+    "What the choice of both methods' rates goes by: three for each, a factor of two apart.",
+    tuple(
+        Line(f"{title}, {name} rate", before if rate == 1 else replace(before, name=f"{before.name}-{name}", rate=rate))
+        for title, before in (("MoCo v3", MOCO), ("VideoMAE", TUBE))
+        for name, rate in (("half", 0.5), ("chosen", 1.0), ("double", 2.0))
+    ),
+)
+TABLES = {table.name: table for table in (START, RATES, MASKS, RATIO, DEPTH, LOSS, SCHEDULE, VIDEOS, LABELS, TRANSFER)}
