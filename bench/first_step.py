@@ -5,7 +5,6 @@
 prints the moments, in seconds since 1970, as json: imported, built, first_step, second_step.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -21,6 +20,7 @@ from bench.shapes import shape_of
 from bench.step_results import FirstStep
 from bench.steps import our_step
 from train.engine import EngineName
+from videomae.command_line import Parser, run_main
 from videomae.model import SIZES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,10 +54,10 @@ def first_step(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Without a GPU in float32 on the CPU, which tells whether it runs."""
     moments = {"imported": time.time()}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=tuple(SIZES), default="vit_base")
-    parser.add_argument("--clips", type=int, default=64)
-    parser.add_argument("--attention", default="auto")
+    parser = Parser("python -m bench.first_step", (__doc__ or "").strip())
+    parser.add_argument("--size", choices=tuple(SIZES), default="vit_base", help="of the model (vit_base)")
+    parser.add_argument("--clips", type=int, default=64, help="of a step (64)")
+    parser.add_argument("--attention", default="auto", help="the back end (auto)")
     given = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     autocast = torch.bfloat16 if device.type == "cuda" else None
@@ -76,4 +76,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

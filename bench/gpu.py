@@ -60,6 +60,7 @@ from bench.shapes import Shape, shape_of
 from bench.timing import measure
 from kernels.tiles import table_hash, target_of
 from videomae import attention
+from videomae.command_line import Parser, run_main
 from videomae.model import SIZES as KNOWN_SIZES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -291,9 +292,14 @@ def _chosen(only: str) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m bench.gpu", (__doc__ or "").strip())
     names = ",".join(GROUPS)
-    parser.add_argument("--only", type=_chosen, default=_chosen(names), help=f"of {names},{','.join((*STEPS, *OPS))}")
+    parser.add_argument(
+        "--only",
+        type=_chosen,
+        default=_chosen(names),
+        help=f"of {names.replace(',', ', ')}, {', '.join((*STEPS, *OPS))}",
+    )
     parser.add_argument("--sizes", nargs="+", choices=tuple(KNOWN_SIZES), help="of ops and steps, the main one first")
     parser.add_argument("--attention", default="auto", help="our back end in steps: auto, or one of videomae.attention")
     parser.add_argument("--minutes", type=float, default=8.0, help="no section begins later")
@@ -325,4 +331,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from videomae.command_line import Parser, run_main
+from videomae.wording import counted
+
 if TYPE_CHECKING:  # the data packages are needed when it runs, not to import it
     from videomae.data.dataset import Order, VideoList
     from videomae.data.readers import ClipReader
@@ -90,18 +93,19 @@ def measure_loader(
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser("bench.loader", description=summary)
-    parser.add_argument("path", help="folder, list or prepared set, also by URL")
-    parser.add_argument("--frames", type=int, default=16)
-    parser.add_argument("--stride", type=int, default=4)
-    parser.add_argument("--size", type=int, default=224, help="pixels, height and width")
-    parser.add_argument("--views", type=int, default=1, help="views per decode, for the loader with its workers")
-    parser.add_argument("--workers", type=int, help="decoding processes (default: every core)")
-    parser.add_argument("--batch", type=int, default=32, help="clips of a batch")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
-    parser.add_argument("--rate", type=float, nargs="+", default=[500, 1000, 2000], help="clips/s that a GPU takes")
-    parser.add_argument("--json", type=Path, help="write the figures there as well")
+    parser = Parser("bench.loader", (__doc__ or "").strip())
+    parser.add_argument("path", metavar="PATH", help="folder, list or prepared set, also by URL")
+    add = parser.add_argument_group("clips").add_argument
+    add("--frames", type=int, default=16, help="of a clip (16)")
+    add("--stride", type=int, default=4, help="frames of the video from one of them to the next (4)")
+    add("--size", type=int, default=224, help="pixels, height and width (224)")
+    add("--views", type=int, default=1, help="views per decode, for the loader with its workers (1)")
+    add = parser.add_argument_group("the measurement").add_argument
+    add("--workers", type=int, help="decoding processes (default: every core)")
+    add("--batch", type=int, default=32, help="clips of a batch (32)")
+    add("--seconds", type=float, default=10.0, help="of each measurement (10)")
+    add("--rate", type=float, nargs="+", default=[500, 1000, 2000], metavar="X", help="clips/s that a GPU takes")
+    add("--json", type=Path, help="write the figures there as well")
     given = parser.parse_args(arguments)
     sizes = ("frames", "stride", "size", "views", "batch", "seconds")
     for name in (*sizes, *(["workers"] if given.workers is not None else [])):
@@ -134,8 +138,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cores, workers = available_cpus(), given.workers or available_cpus()
     prepared = "prepared, " if "::" in videos.paths[0] else ""
     frames = "every frame" if videos.step == 1 else f"frames 0, {videos.step}, {2 * videos.step}, ... only"
-    print(f"{given.path}: {len(videos):,} videos, {prepared}{frames}")
-    print(f"clips of {given.frames} x {given.size} x {given.size}, stride {given.stride}; {cores} cores here")
+    print(f"{given.path}: {counted(len(videos), 'video')}, {prepared}{frames}")
+    print(
+        f"clips of {given.frames} x {given.size} x {given.size}, stride {given.stride}; {counted(cores, 'core')} here"
+    )
     stages, count, lost = measure_stages(one, videos, Order(len(videos), 0), given.seconds)
     print(*_stage_lines(stages, count, lost), sep="\n")
     rate = measure_loader(
@@ -143,7 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     alone = stages.clips_per_second(given.views)
     print(
-        f"\n{workers} workers, views per decode {given.views}: {rate:.0f} clips/s, {rate / alone:.2f} times one core's"
+        f"\n{counted(workers, 'worker')}, views per decode {given.views}: {rate:.0f} clips/s, "
+        f"{rate / alone:.2f} times one core's"
     )
     print(*_core_lines(stages, rate / workers, given.views, given.rate), sep="\n")
     if given.json:
@@ -159,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _stage_lines(stages: Stages, count: int, lost: int) -> list[str]:
-    lines = [f"\none core, medians of {count} videos" + (f", {lost} could not be read" if lost else "")]
+    lines = [f"\none core, medians of {counted(count, 'video')}" + (f", {lost} could not be read" if lost else "")]
     lines.append("stage      ms a video   clips/s by itself")
     for name in ("open", "decode", "crop"):
         ms = getattr(stages, name)
@@ -178,10 +185,10 @@ def _core_lines(stages: Stages, per_worker: float, views: int, rates: Sequence[f
         if v != views:
             # as well used as the workers that were measured
             scaled = per_worker * stages.clips_per_second(v) / stages.clips_per_second(views)
-            lines.append(f"{f'{v} views':<12}" + "".join(f"{-(-rate // scaled):<16,.0f}" for rate in rates))
+            lines.append(f"{counted(v, 'view'):<12}" + "".join(f"{-(-rate // scaled):<16,.0f}" for rate in rates))
     return lines
 
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    raise SystemExit(main())
+    run_main(main)

@@ -3,13 +3,13 @@
 python -m bench.plot_step bench/results/nvidia_h200
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.step_report import PICTURE
+from videomae.command_line import Parser, run_main
 
 FORWARD, BACKWARD, FLOOR = "#6aa6de", "#1f5fa8", "#e08a2c"
 
@@ -60,7 +60,7 @@ def _panel(axis: Any, one: dict[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m bench.plot_step", (__doc__ or "").strip())
     parser.add_argument("folder", type=Path, help="with step.json")
     given = parser.parse_args(arguments)
     found = json.loads((given.folder / "step.json").read_text())["parts"]
@@ -72,4 +72,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_main(main)

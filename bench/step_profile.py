@@ -6,7 +6,6 @@ A process of its own: once a profiler has looked at the device, starting kernels
 lives.
 """
 
-import argparse
 import re
 import sys
 from collections import defaultdict
@@ -23,6 +22,7 @@ from bench.page import table
 from bench.shapes import shape_of
 from bench.steps import our_step
 from train.engine import EngineName
+from videomae.command_line import Parser, run_main
 from videomae.model import SIZES
 
 TOP = 40
@@ -100,12 +100,13 @@ def _short(name: str, most: int = 150) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--size", choices=tuple(SIZES), default="vit_base")
-    parser.add_argument("--clips", type=int, default=64)
-    parser.add_argument("--engines", nargs="+", choices=get_args(EngineName), default=["eager", "graph"])
-    parser.add_argument("--attention", default="auto")
+    parser = Parser("python -m bench.step_profile", (__doc__ or "").strip())
+    parser.add_argument("out", metavar="OUT", type=Path, help="the page, in Markdown")
+    parser.add_argument("--size", choices=tuple(SIZES), default="vit_base", help="of the model (vit_base)")
+    parser.add_argument("--clips", type=int, default=64, help="of a step (64)")
+    engines = ["eager", "graph"]
+    parser.add_argument("--engines", nargs="+", choices=get_args(EngineName), default=engines, help="(eager graph)")
+    parser.add_argument("--attention", default="auto", help="the back end (auto)")
     given = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("bench.step_profile needs a CUDA GPU, and torch sees none", file=sys.stderr)
@@ -125,4 +126,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

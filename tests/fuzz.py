@@ -1,11 +1,11 @@
-"""Feed every parser inputs that are wrong: `python -m tests.fuzz [--inputs 50000] [--seed 0] [NAME ...]`.
+"""Feed every parser inputs that are wrong: `python -m tests.fuzz [--inputs 50000] [--seed 0] [--out FILE] [NAME ...]`.
 
-Each target (in `tests/fuzz_texts.py`, `fuzz_commands.py` and `fuzz_files.py`) runs in a process of its own with a
-bounded memory. An input is accepted, or refused by the error that the parser promises. Everything else is a fault:
-another exception, 5 s of computing, an allocation out of proportion (tried, or 256 MB that it took), a class unpickled
-that is no plain data, a file opened outside of the input's folder, a command or a connection begun, a crash. The
-command prints a table and exits with 1 if there was a fault; the inputs are then in `--save`, each with its files and
-its traceback.
+Each target (in `tests/fuzz_texts.py`, `fuzz_commands.py`, `fuzz_verbs.py` and `fuzz_files.py`) runs in a process of its
+own with a bounded memory. An input is accepted, or refused by the error that the parser promises. Everything else is a
+fault: another exception, 5 s of computing, an allocation out of proportion (tried, or 256 MB that it took), a class
+unpickled that is no plain data, a file opened outside of the input's folder, a command or a connection begun, a crash.
+The command prints a table and exits with 1 if there was a fault; the inputs are then in `--save`, each with its files
+and its traceback. `--out` is a page of the figures.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import io
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -102,14 +104,20 @@ class Guard:
             self._open(os.path.realpath(os.fsdecode(arguments[0])), arguments[2])
             self._armed = True
         elif event in ("os.listdir", "os.scandir", "os.remove", "os.rename", "os.mkdir", "os.link", "os.symlink"):
-            if isinstance(arguments[0], str | bytes) and not self._is_inside(
-                os.path.realpath(os.fsdecode(arguments[0]))
-            ):
-                self.seen.append(f"{event} {arguments[:2]}")
+            if isinstance(arguments[0], str | bytes):
+                self._armed = False
+                self._change(event, os.path.realpath(os.fsdecode(arguments[0])), arguments)
+                self._armed = True
         elif event == "pickle.find_class":
             if str(arguments[0]).split(".")[0] not in _PLAIN and arguments[0] not in _PLAIN:
                 self.seen.append(f"unpickled {arguments[0]}.{arguments[1]}")
         elif event in _COMMANDS:
+            self.seen.append(f"{event} {arguments[:2]}")
+
+    def _change(self, event: str, path: str, arguments: tuple) -> None:
+        # a package looks through its own folder while it is imported
+        imports = event in ("os.listdir", "os.scandir") and path.startswith(sys.prefix)
+        if not self._is_inside(path) and not imports:
             self.seen.append(f"{event} {arguments[:2]}")
 
     def _is_inside(self, path: str) -> bool:
@@ -210,8 +218,9 @@ def targets() -> dict[str, type[Target]]:
     from tests.fuzz_commands import CommandLines
     from tests.fuzz_files import FILES
     from tests.fuzz_texts import TEXTS
+    from tests.fuzz_verbs import VERBS
 
-    return {target.name: target for target in (*TEXTS, CommandLines, *FILES)}
+    return {target.name: target for target in (*TEXTS, CommandLines, *VERBS, *FILES)}
 
 
 def _hang(*_: object) -> None:
@@ -241,9 +250,9 @@ def run(name: str, count: int, seed: int, save: Path) -> dict[str, Any]:
     """One target in a process of its own."""
     command = [sys.executable, "-m", "tests.fuzz", name, "--child", "--inputs", str(count)]
     command += ["--seed", str(seed), "--save", str(save)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as home:
-        environment["TMPDIR"] = home
+        environment |= {"TMPDIR": home, "HF_HOME": home}
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
         if done.returncode == 0:
             return json.loads(done.stdout.splitlines()[-1])
@@ -263,24 +272,60 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--inputs", type=int, default=50_000, help="over all targets that are named")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", type=Path, default=Path("fuzz-faults"), help="a folder for inputs with a fault")
+    parser.add_argument("--out", type=Path, help="write the figures to this page")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     names = options.names or list(known)
     if options.child:
         _child(names[0], options.inputs, options.seed, options.save)
         return 0
-    total, rows = sum(known[name].share for name in names), []
-    print("| target | inputs | refused | accepted | faults | seconds |\n|---|---|---|---|---|---|")
+    total, rows, begin = sum(known[name].share for name in names), [], time.monotonic()
+    print(_HEAD)
     for name in names:
         row = run(name, -(-options.inputs * known[name].share // total), options.seed, options.save)
         rows.append(row)
         print(_line(row), flush=True)
-    counts = {key: sum(row[key] for row in rows) for key in ("inputs", "refusals", "accepted", "seconds")}
-    faults = [(row["target"], *fault) for row in rows for fault in row["faults"].items()]
-    print(_line({"target": "all", **counts, "faults": {n: count for n, (_, _, count) in enumerate(faults)}}))
-    for name, kind, count in faults:
-        print(f"{name}: {count} x {kind}")
+    print(_line(_sum(rows)))
+    faults = [f"{row['target']}: {count} x {kind}" for row in rows for kind, count in row["faults"].items()]
+    print("\n".join(faults), end="\n" if faults else "")
+    if options.out is not None:
+        words = sys.argv[1:] if arguments is None else arguments
+        command = shlex.join(["python", "-m", "tests.fuzz", *words])
+        options.out.write_text("\n".join(_page(rows, faults, command, time.monotonic() - begin)) + "\n")
     return 1 if faults else 0
+
+
+_HEAD = "| target | inputs | refused | accepted | faults | seconds |\n|---|---|---|---|---|---|"
+
+
+def _sum(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    counts = {key: sum(row[key] for row in rows) for key in ("inputs", "refusals", "accepted", "seconds")}
+    return {"target": "all", **counts, "faults": {row["target"]: sum(row["faults"].values()) for row in rows}}
+
+
+def _page(rows: list[dict[str, Any]], faults: list[str], command: str, seconds: float) -> list[str]:
+    from train.record import surroundings
+
+    total, machine = _sum(rows), surroundings()
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "av", "safetensors", "hypothesis"))
+    return [
+        "# Fuzzing",
+        "",
+        f"**{total['inputs']:,} inputs** to {len(rows)} parsers, {total['refusals']:,} of them refused as promised and "
+        f"{total['accepted']:,} accepted. **{sum(total['faults'].values()):,} faults.**",
+        "",
+        *(_HEAD, *map(_line, rows), _line(total)),
+        "",
+        *(f"- {fault.replace(f'{ROOT}/', '')}" for fault in faults),
+        *([""] if faults else []),
+        f"A fault is whatever is neither: another exception, {_SECONDS:g} s of computing, {_MOST >> 20} MB taken or an "
+        "allocation that fails, a class unpickled that is no plain data, a file opened outside of the input's folder, "
+        "a command or a connection begun, a crash. Inputs are right ones, changed by hypothesis in bytes, words or "
+        "values; refused: by the error that the parser promises, which a command says in one line with exit code 2.",
+        "",
+        f"Made by `{command}`: {seconds / 60:.1f} minutes on one core. {machine['system']}, "
+        f"Python {machine['versions']['python']}, {versions}, commit {machine['commit']}.",
+    ]
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ _FLAGS: dict[str, type] = {"features": FeaturesConfig, "probe": ProbeConfig, "st
 class CommandLines(Target):
     """Every verb's recipes and flags: a configuration, or one line and exit code 2."""
 
-    name, share = "command lines", 4
+    name, share = "command lines", 3
     refusals = (SystemExit,)
 
     def inputs(self) -> st.SearchStrategy[tuple[str, list[str]]]:

@@ -63,6 +63,17 @@ def _deep(levels: int) -> bytes:
     return b"\x80\x02" + b"]" * levels + b"a" * (levels - 1) + b"."
 
 
+def _text(value: str) -> bytes:
+    data = value.encode()
+    return b"X" + len(data).to_bytes(4, "little") + data
+
+
+def _twice(levels: int) -> bytes:
+    """A pickle's values that each hold the one before twice: the last one is on the stack."""
+    steps = b"".join(b"h" + bytes([n, 104, n]) + b"\x86q" + bytes([n + 1]) for n in range(levels))
+    return b"\x80\x02)q\x00" + steps
+
+
 # what a pickle may hold that no checkpoint does
 _PICKLES = (
     pickle.dumps(Harmful(os.system, "touch harm")),
@@ -72,7 +83,16 @@ _PICKLES = (
     pickle.dumps({"model": {"a": 1}}, 2),
     pickle.dumps([1, 2], 2),
     # torch searches its own message of an error, which quotes this, in a time that grows with its square
+    b"\x80\x02c" + b"a" * 100_000 + b"\nb\n.",
+    b"\x80\x02" + _text("a" * 100_000) + b")R.",
+    b"\x80\x02" + _text("a" * 100_000) + b")\x81.",
+    _twice(60) + b")R.",
+    _twice(60) + b"}h<K\x01s.",
+    b"\x80\x02c_codecs\nencode\n" + _text("".join(map(chr, range(0x4E00, 0x9000)))) + _text("punycode") + b"\x86R.",
+    b"\x80\x02cbuiltins\nbytearray\n\x8a\x06" + (2**40).to_bytes(6, "little") + b"\x85R.",
+    b"\x80\x02cnumpy\ndtype\n" + _text("V2147483647") + b"\x85R.",
     _deep(10_000),
+    _deep(100_000),
     b"\x80\x02" + b"(" * 50_000,
     b"\x80\x04\x95" + b"\xff" * 7 + b"\x7f.",  # a frame of exabytes
     b"\x80\x04\x8e" + (2**40).to_bytes(8, "little") + b"a.",  # bytes of a terabyte
@@ -86,7 +106,7 @@ _PICKLES = (
 class Checkpoints(Target):
     """Every file of a checkpoint, with the sums made right: only what was read, or Damaged."""
 
-    name, share, refusals = "checkpoints", 9, (Damaged,)
+    name, share, refusals = "checkpoints", 7, (Damaged,)
 
     def __init__(self, root: Path, outside: Path) -> None:
         super().__init__(root, outside)
@@ -266,7 +286,7 @@ def _renamed(draw, header: dict) -> bytes:
 class Sets(Target):
     """The index of a prepared set, in shards and in files."""
 
-    name, share = "shard index", 5
+    name, share = "shard index", 6
     codec = "jpeg"
 
     def __init__(self, root: Path, outside: Path) -> None:
@@ -316,7 +336,7 @@ class Sets(Target):
 class Samples(Sets):
     """KEY.json in a shard and among files, and the shard around it: read, or unreadable, and nothing else."""
 
-    name, share, refusals = "samples", 5, (UnreadableVideo,)
+    name, share, refusals = "samples", 4, (UnreadableVideo,)
 
     def __init__(self, root: Path, outside: Path) -> None:
         super().__init__(root, outside)

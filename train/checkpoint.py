@@ -24,11 +24,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
-from torch.distributed.checkpoint import save as save_distributed
 
 from kernels.launch import check
 from train.moments import read_tensors
+from videomae.pickles import check_file
 from videomae.weights import copy_weights, load_weights
 
 
@@ -36,7 +35,7 @@ from videomae.weights import copy_weights, load_weights
 class Checkpointing:
     """When checkpoints are written; there is always one at the end, and on SIGTERM and Ctrl-C."""
 
-    every: int = 1000  # steps
+    every: int = 1000  # steps from one to the next
     keep: int = 3  # newest checkpoints that stay on disk
     keep_hours: float = 0.0  # and how long every one stays at least
 
@@ -73,6 +72,9 @@ def take(step: int, models: Mapping[str, nn.Module], optimizer: Iterable[tuple[s
 def write(folder: Path, snapshot: Snapshot, config: Checkpointing) -> Path:
     """Write folder/step_<step> and remove those that need not be kept. A kill at any moment leaves whole checkpoints
     only. Raises CannotSave."""
+    # here, see train/sharding.py
+    from torch.distributed.checkpoint import CheckpointException
+
     step = snapshot.step
     folder.mkdir(parents=True, exist_ok=True)
     final, temporary = folder / f"step_{step}", folder / f".step_{step}.writing"
@@ -102,6 +104,9 @@ def write(folder: Path, snapshot: Snapshot, config: Checkpointing) -> Path:
 def _fill(folder: Path, snapshot: Snapshot) -> None:
     for name, write_model in snapshot.models.items():
         write_model(folder / name)
+    from torch.distributed.checkpoint import FileSystemWriter
+    from torch.distributed.checkpoint import save as save_distributed
+
     writer = FileSystemWriter(folder / _OPTIMIZER, sync_files=True)
     save_distributed(dict(snapshot.optimizer), storage_writer=writer, no_dist=True)
     with open(folder / "state.pt", "wb") as file:
@@ -118,6 +123,8 @@ def _fill(folder: Path, snapshot: Snapshot) -> None:
 
 def _reason(error: BaseException) -> str:
     """That of the distributed checkpoint stands in what it wraps."""
+    from torch.distributed.checkpoint import CheckpointException
+
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return str(error)
@@ -209,6 +216,7 @@ def read_state(path: Path) -> dict[str, Any]:
     weights beside it, cannot be read."""
     try:
         _check_files(path)
+        check_file(path / "state.pt")
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         check(isinstance(state, dict) and state.keys() >= _KEYS, "state.pt is no checkpoint of this program")
         return state | {"optimizer": read_tensors(path / _OPTIMIZER)}

@@ -8,44 +8,120 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import takewhile
 from typing import Any, NoReturn, TypeVar
 
 import tyro
+
+from train.flags import flags_of, sections_of
+from train.help import COMMON, commands_of, first_page, section_page
+from videomae.command_line import nobody_reads, show
+from videomae.wording import did_you_mean, nearest, nearest_flag, with_guess
 
 T = TypeVar("T")
 
 
 def parse(
-    arguments: Sequence[str], recipes: Mapping[str, Callable[[], T]], default: str, *, prog: str, about: str
+    arguments: Sequence[str],
+    recipes: Mapping[str, Callable[[], T]],
+    default: str,
+    *,
+    prog: str,
+    about: str,
+    examples: Sequence[str] = (),
+    groups: Sequence[str] = tuple(COMMON),
+    elsewhere: Sequence[str] = (),
 ) -> T:
-    """The configuration of a recipe (the first argument, else the default one), changed by flags."""
+    """The configuration of a recipe (the first argument, else the default one), changed by flags.
+
+    examples: commands for the first page of help; the recipes' own if not given. groups: of flags, on that page.
+    elsewhere: flags that the caller has taken out of the arguments, so that they too can be what was meant.
+    """
     name, flags = default, list(arguments)
     if flags and not flags[0].startswith("-"):
         name = flags.pop(0).replace("_", "-")
         if name not in recipes:
-            refuse(prog, f"no recipe called {name}; there are {', '.join(recipes)}")
-    listing = "\n".join(f"  {key}: {_first_line(recipe)}" for key, recipe in recipes.items())
+            guess = nearest(name, tuple(recipes))
+            refuse(prog, f"no recipe called {name}{did_you_mean(guess)}; there are {', '.join(recipes)}")
     recipe = recipes[name]()
-    about = f"{about}\n\nRecipes (the first argument, default {default}):\n{listing}"
-    return _read(type(recipe), flags, prog=f"{prog} {name}", about=about, default=recipe, blame=prog)
+    page = partial(
+        first_page,
+        recipe,
+        prog=prog,
+        about=about,
+        recipes=tuple(recipes),
+        default=default,
+        groups=groups,
+        examples=examples or commands_of(recipes, default, prog),
+    )
+    listing = "\n".join(f"  {key}: {_first_line(each)}" for key, each in recipes.items())
+    return _read(recipe, flags, prog=prog, page=page, listing=f"recipes\n{listing}\n\n", elsewhere=elsewhere)
 
 
-def parse_flags(arguments: Sequence[str], config: type[T], *, prog: str, about: str) -> T:
-    """The configuration of a command without recipes."""
-    return _read(config, list(arguments), prog=prog, about=about, default=tyro.MISSING_NONPROP, blame=prog)
+def parse_flags(arguments: Sequence[str], config: type[T], *, prog: str, about: str, examples: Sequence[str] = ()) -> T:
+    """The configuration of a command without recipes. examples: commands for the first page of help."""
+    page = partial(first_page, config, prog=prog, about=about, examples=examples)
+    return _read(config, list(arguments), prog=prog, page=page)
 
 
-def _read(config: type[T], flags: Sequence[str], *, prog: str, about: str, default: Any, blame: str) -> T:
-    """tyro's reading of the flags; blame: what an error names."""
+def _read(
+    config: Any,
+    flags: Sequence[str],
+    *,
+    prog: str,
+    page: Callable[[], str],
+    listing: str = "",
+    elsewhere: Sequence[str] = (),
+) -> Any:
+    """tyro's reading of the flags, which change a configuration, or make one of that class. page, listing: the first
+    page of help, and what stands before all flags."""
     show_any_name()
+    _help(config, flags, prog, page, listing)
+    _check_names(config, flags, prog, elsewhere)
+    is_class = isinstance(config, type)
+    cls = config if is_class else type(config)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(config, args=_switches(flags), prog=prog, description=about, default=default)
+            default = tyro.MISSING_NONPROP if is_class else config
+            return tyro.cli(cls, args=_switches(flags), prog=prog, default=default)
     except SystemExit as end:
         if end.code:
-            refuse(blame, _condense(complaint.getvalue()))
+            refuse(prog, _plain(_condense(complaint.getvalue()), config, flags))
         raise
+
+
+def _help(config: Any, flags: Sequence[str], prog: str, page: Callable[[], str], listing: str) -> None:
+    """Where help is asked for, print it, and end."""
+    asked = next((i for i, flag in enumerate(flags) if flag in ("-h", "--help", "--help-all")), None)
+    if asked is None:
+        return
+    section = next(iter(flags[asked + 1 : asked + 2]), "").replace("_", "-")
+    sections = sections_of(config)
+    if flags[asked] == "--help-all":
+        show(f"{listing}{section_page(config, '')}\n\nA switch is on by its name alone, off by `--flag false`.")
+    if section in sections:
+        show(section_page(config, section))
+    if not section or section.startswith("-"):
+        show(page())
+    guess = did_you_mean(nearest(section, tuple(sections)))
+    refuse(prog, f"no section called {section}{guess}; there are {', '.join(sections) or 'none'}")
+
+
+def _check_names(config: Any, flags: Sequence[str], prog: str, elsewhere: Sequence[str]) -> None:
+    """Refuse a flag that there is none of, and say what was probably meant."""
+    known = [name for flag in flags_of(config) if not flag.is_positional for name in reversed(flag.names)]
+    plain = {name.replace("_", "-") for name in known}
+    for word in flags:
+        flag = word.partition("=")[0]
+        if not re.match("--[a-zA-Z]", flag):
+            continue
+        name = flag.replace("_", "-")
+        section, dot, last = name.removeprefix("--").rpartition(".")
+        if name not in plain and f"--{section}{dot}{last.removeprefix('no-')}" not in plain:
+            guess = nearest_flag(flag, [*known, *elsewhere])
+            refuse(prog, f"no flag {flag}{did_you_mean(guess)}; --help-all lists all flags")
 
 
 def _switches(flags: Sequence[str]) -> list[str]:
@@ -68,8 +144,8 @@ def show_any_name() -> None:
 
 
 def refuse(prog: str, message: str) -> NoReturn:
-    """One line on stderr, exit code 2."""
-    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    """One line on stderr, with the word that was probably meant; exit code 2."""
+    print(f"{prog}: error: {with_guess(' '.join(message.split()))}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -80,6 +156,8 @@ def user_errors(prog: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
+        if nobody_reads():
+            raise
         refuse(prog, " ".join(str(error).split()))
 
 
@@ -99,8 +177,19 @@ def _first_line(function: Callable[[], object]) -> str:
     return typing.cast(str, function.__doc__).strip().splitlines()[0]
 
 
+def _plain(complaint: str, config: Any, flags: Sequence[str]) -> str:
+    """What a flag takes, in place of the types that tyro tried."""
+    words = [word for flag in flags for word in (flag.split("=", 1) if flag.startswith("--") else [flag])]
+    found = re.match(r"(?:Error parsing |Missing value for argument ')(--[\w.-]+)", complaint)
+    known = {name: flag for flag in flags_of(config) for name in flag.names}
+    if found is None or found[1] not in known or found[1] not in words:
+        return complaint
+    given = list(takewhile(lambda word: not word.startswith("--"), words[words.index(found[1]) + 1 :]))
+    return f"{found[1]} takes {known[found[1]].values}; got {' '.join(given) or 'nothing'}"
+
+
 def _condense(box: str) -> str:
-    """tyro's framed complaint as one line: the complaint, and the flag it thinks was meant."""
+    """tyro's framed complaint as one line."""
     # the frame is of hyphens where the terminal has no lines
     parts = [" ".join(re.sub("[╭╮╰╯│─]", " ", part).split()) for part in re.split("[─-]{9,}", box)]
     # its title stands first, and often once more in the text
@@ -108,5 +197,8 @@ def _condense(box: str) -> str:
     complaint = re.sub(f"^(?:{titles}) ", "", next(part for part in parts if part and part not in titles))
     # a section's own message names its fields in full; types that were tried tell a user nothing
     complaint = re.sub(r"^Error parsing \w[\w.-]*: ", "", complaint).partition(" Got errors: ")[0]
-    guess = next((found[1] for part in parts if (found := re.search(r"Perhaps you meant: (--[\w.-]+)", part))), None)
-    return complaint + (f" (did you mean {guess}?)" if guess else "") + "; --help lists all flags"
+    choice = re.match(r"invalid choice '(.*)' for argument '(.*?)'. Expected one of \((.*)\)", complaint)
+    if choice:
+        words = [word.strip(" '") for word in choice[3].split(",") if word.strip(" '") not in ("", "None")]
+        complaint = f"{choice[2]} must be one of {', '.join(words)}; got {choice[1]}"
+    return complaint + "; --help lists flags"

@@ -22,9 +22,11 @@ from videomae.model import Input, size_of
 class Data:
     """Where clips come from, and how often each decoded one is used."""
 
-    # folder of videos, list file (`path label`, `path`, `path 0 -1`), or prepared set, also by URL (s3://...); the demo
-    # renders its own
+    # folder of videos, list file, or prepared set; the demo renders its own. A list's lines are `path label`, `path` or
+    # `path 0 -1`; a prepared set may be a URL (s3://...)
     path: Annotated[str | None, tyro.conf.arg(aliases=["--data"])] = None
+    # of lists: the folder that their paths start from and may not leave; without it a list may name any file
+    root: str | None = None
     # views of each decoded video (repeated augmentation); a step then has batch-size * views clips, and the learning
     # rate ignores that
     views_per_decode: int = 1
@@ -35,6 +37,7 @@ class Data:
 
     def __post_init__(self) -> None:
         check(self.path != "", "data must not be empty")
+        check(self.root != "", "data.root must not be empty")
         check(self.views_per_decode >= 1, f"data.views-per-decode must be at least 1; got {self.views_per_decode}")
         check(self.device == "cpu" or self.reader == "torchcodec", "--data.device cuda needs --data.reader torchcodec")
         check(0 < self.cache_gb < 1e9, f"data.cache-gb must be positive; got {self.cache_gb}")
@@ -54,12 +57,12 @@ class Data:
 class Model:
     """Which transformer is trained, on what clips."""
 
-    size: str = "vit_base"  # vit_tiny, vit_mini, vit_small, vit_base, vit_large or vit_huge
-    frames: int = 16
+    size: str = "vit_base"  # vit_tiny, _mini, _small, _base, _large or _huge
+    frames: int = 16  # of a clip
     image_size: int | tuple[int, int] = 224  # pixels: the side of a square, or height and width
     cube: tuple[int, int, int] = (2, 16, 16)  # frames, height, width of a token
-    # what the backward pass computes anew instead of keeping it: norms, the outputs of LayerNorm and GELU; mlp, every
-    # MLP; block, all but the blocks' inputs, for a third more time
+    # what the backward pass computes anew instead of keeping; norms: the outputs of LayerNorm and GELU; mlp: every
+    # MLP; block: all but the blocks' inputs, for a third more time
     recompute: Recompute = "none"
 
     def __post_init__(self) -> None:
@@ -85,22 +88,20 @@ class RunConfig:
     steps: int | None = None  # length of the run in steps: the whole schedule is fitted into it
     batch_size: int = 1024  # videos per step, over all micro-batches
     micro_batch: int | None = None  # clips on the device at a time; planned from its memory if not given
-    seed: int = 0
-    workers: int | None = (
-        None  # decoding processes; by the number of cores if not given; 0 decodes in the training process
-    )
+    seed: int = 0  # of every random choice
+    # decoding processes; by the number of cores if not given; 0 decodes in the training process
+    workers: int | None = None
     device: Literal["cpu", "cuda"] | None = None  # cuda where there is one, if not given
+    # auto: bfloat16, else float16 with a scaler, on a GPU; float32 on a CPU
     precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     engine: EngineName = "eager"  # kernel by kernel; compile: by torch.compile; graph: as captured CUDA graphs
     # of several processes: ddp, each has all weights; fsdp, they are spread over all of them (ViT-H and larger)
     parallel: ParallelName = "ddp"
-    attention: str = (
-        "auto"  # the back end: auto, sdpa, sdpa-flash, sdpa-cudnn, triton, flash-attn, flash-attn-4, xformers
-    )
+    # the back end: auto, sdpa, sdpa-flash, sdpa-cudnn, triton, flash-attn, flash-attn-4, xformers
+    attention: str = "auto"
     patience: float = 30.0  # minutes that the processes of a run wait for each other, while one validates or saves
-    resume: str = (
-        "auto"  # auto: go on where the run folder stopped; never: move the old run aside; PATH: from that checkpoint
-    )
+    # auto goes on where the run folder stopped; never: move the old run aside; PATH: from that checkpoint
+    resume: str = "auto"
     data: Data = field(default_factory=Data)
     optim: Optim = field(default_factory=Optim)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
@@ -160,8 +161,8 @@ class TunedAugment:
 class TunedConfig(RunConfig):
     """A training run that starts from weights, on labelled data."""
 
-    # pre-trained or fine-tuned: a run, checkpoint, file, Hugging Face folder or hub id, also of an image ViT where
-    # videos are classified; from scratch if not given
+    # where to start: a run, checkpoint, file or hub id; from scratch if not given. Pre-trained or fine-tuned, official
+    # or Hugging Face's; where videos are classified, of an image ViT as well
     weights: str | None = None
     # of another frame count or size than the weights': fresh, a table of their own; interpolate, the weights' resized
     positions: Literal["fresh", "interpolate"] = "fresh"

@@ -27,6 +27,7 @@ from train.plan import detect_workload
 from train.run import Run
 from train.tuned import TunedVerb
 from train.verb import to_device
+from videomae.command_line import run_main
 from videomae.data.boxes import jittered
 from videomae.data.dataset import AUGMENT, BOXES, NoSplit, Sample, VideoList
 from videomae.data.feed import OnDevice
@@ -35,6 +36,7 @@ from videomae.data.key_frames import KeyFrames
 from videomae.detector import Detector, detector
 from videomae.keys import Draws, key
 from videomae.model import Input
+from videomae.wording import counted
 
 PROG = "python -m train.detect"
 _ABOUT = "Train a detector of actions in given boxes; with no argument, on the demo's scenes. --evaluate tests one."
@@ -79,7 +81,7 @@ class Detection(TunedVerb[DetectConfig, KeyFrames]):
         videos = super().find_videos()
         most = self.config.augment.max_boxes
         if left_out := np.maximum(np.diff(self.train_set.table.first) - most, 0).sum():
-            print(f"note: {left_out:,} boxes are left out: --augment.max-boxes {most}", file=sys.stderr)
+            print(f"note: {counted(left_out, 'box')} are left out: --augment.max-boxes {most}", file=sys.stderr)
         return videos
 
     def build(self) -> Detector:
@@ -123,9 +125,10 @@ class Detection(TunedVerb[DetectConfig, KeyFrames]):
         )
 
     def describe(self, run: Run) -> list[str]:
-        val = f"{len(self._val):,} key frames" if self._val else "none"
+        val = counted(len(self._val), "key frame") if self._val else "none"
+        classes = counted(len(self.train_set.classes), "class")
         return [
-            f"boxes     {self.train_set.num_boxes:,}, {len(self.train_set.classes)} classes; validation {val}",
+            f"boxes     {self.train_set.num_boxes:,}, {classes}; validation {val}",
             *self.describe_model(run.model, said(self.config.clip)),
         ]
 
@@ -208,4 +211,4 @@ def _is_same(source: str, other: str) -> bool:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_main(main)

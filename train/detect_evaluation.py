@@ -37,6 +37,7 @@ from videomae.data.loader import Skip
 from videomae.data.sampling import KeyFrameClip
 from videomae.detector import Detector
 from videomae.weight_files import write_atomically
+from videomae.wording import counted
 
 _SHOWN = 3  # classes of a box in a picture
 _LEAST_SHOWN = 0.05  # of their scores
@@ -194,7 +195,7 @@ def _prepare(config: DetectConfig, shares: Shares, _: contextlib.ExitStack) -> _
     check_reader(config.data, key_frames.videos)
     check(
         len(key_frames.classes) == model.head.out_features,
-        f"{source} has {len(key_frames.classes)} classes, the detector {model.head.out_features}",
+        f"{source} has {counted(len(key_frames.classes), 'class')}, the detector {model.head.out_features}",
     )
     reader = KeyFrameReader.for_test(key_frames, clip, model.input.frames, decoder=config.data.decoder)
     inference = inference_of(
@@ -234,9 +235,10 @@ def _missing(key_frames: KeyFrames) -> int:
 def _say_plan(test: _Test) -> None:
     frames, attention = test.key_frames, test.inference.attention
     print(f"test      {test.out}")
-    print(f"weights   {test.weights} ({weights_hash(test.model)}): {len(frames.classes)} classes")
+    print(f"weights   {test.weights} ({weights_hash(test.model)}): {counted(len(frames.classes), 'class')}")
     print(
-        f"data      {len(frames):,} key frames ({frames.fingerprint}), {frames.num_boxes:,} boxes {frames.boxes_from}"
+        f"data      {counted(len(frames), 'key frame')} ({frames.fingerprint}), "
+        f"{counted(frames.num_boxes, 'box')} {frames.boxes_from}"
         f"{test.shares.said}"
     )
     print(f"clip      {test.model.input.frames} frames, {said(test.clip)}, whole frames")
@@ -266,7 +268,7 @@ def _score(test: _Test, stop: list[int]) -> tuple[list[Scored], list[Skip]]:
 
 
 def _refuse_unreadable(prog: str, lost: list[Skip], total: int) -> int:
-    print(f"{prog}: no result: {len(lost):,} of {total:,} key frames cannot be read", file=sys.stderr)
+    print(f"{prog}: no result: {len(lost):,} of {counted(total, 'key frame')} cannot be read", file=sys.stderr)
     for skip in lost:
         print(f"  {skip.path}: {skip.reason}", file=sys.stderr)
     print("repair these, or count their boxes as missed with --unreadable missed", file=sys.stderr)
@@ -375,5 +377,5 @@ def _say_result(test: _Test, measured: dict[str, Any], lost: int, seconds: float
     for number, (label, value) in enumerate(worst):
         print(f"{'worst' if number == 0 else '':<10}{100 * value:6.2f} %   {names[label]}")
     pictures = f", pictures/ ({drawn})" if drawn else ""
-    print(f"time      {seconds:,.1f} s for {len(frames):,} key frames{rate}")
+    print(f"time      {seconds:,.1f} s for {counted(len(frames), 'key frame')}{rate}")
     print(f"files     {test.out}/result.json, detections.csv, per_class.csv{pictures}")

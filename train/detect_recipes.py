@@ -24,8 +24,8 @@ from videomae.frame_map import PROTOCOLS, Protocol
 class DetectData(TunedData):
     """Where key frames, boxes and videos are."""
 
-    # folder of AVA's files, csv of boxes (`path,second,x1,y1,x2,y2,label`), or folder of train.csv and val.csv of that
-    # kind; the demo renders its own
+    # folder of AVA's files, csv of boxes, or folder of such; the demo renders its own. A csv's columns are
+    # path,second,x1,y1,x2,y2,label; a folder has train.csv and val.csv
     path: Annotated[str | None, tyro.conf.arg(aliases=["--data"])] = None
     # folder of AVA's movies: MOVIE.mp4, MOVIE/SECOND.mp4 or MOVIE/*.jpg; looked for beside its files if not given
     videos: str | None = None
@@ -40,6 +40,7 @@ class DetectData(TunedData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check(self.root is None, "the folder that boxes' videos may not leave is data.videos, not data.root")
         check(0 <= self.least_score <= 1, f"data.least-score must be in [0, 1]; got {self.least_score}")
         check(0 < self.frames_rate <= 1000, f"data.frames-rate must be in (0, 1000]; got {self.frames_rate}")
         check(-1e9 < self.starts_at < 1e9, f"data.starts-at must be finite; got {self.starts_at}")
@@ -73,7 +74,7 @@ class DetectConfig(TunedConfig):
     """A detection run."""
 
     validate_every: float = 10.0  # epochs; also at the end; 0: never
-    # no training: test --weights on the validation set, with tables and pictures in --out
+    # no training: a test of --weights on the validation set, with tables and pictures in --out
     evaluate: bool = False
     pictures: int = 16  # key frames that a test draws
     unreadable: Literal["error", "missed"] = "error"  # of a test, key frames whose video cannot be read

@@ -8,15 +8,19 @@ one for the update, instead of hundreds; torch.compile fuses what PyTorch left a
 import contextlib
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from kernels.launch import check
 from train.optim import Updater
+from train.sharding import is_spread
+
+# imported where it is needed, see train/sharding.py
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 EngineName = Literal["eager", "compile", "graph"]
 ParallelName = Literal["ddp", "fsdp"]
@@ -127,6 +131,8 @@ class DataParallel(Parallel):
 
     def __init__(self, objective: Objective, updater: Updater, model: nn.Module, stop: Sequence[int]) -> None:
         device = updater.device
+        # no static_graph: with micro-batches under no_sync PyTorch 2.13 fails an assertion of its own (pytorch issue
+        # 187732), and where every parameter is used it saves nothing
         self._module = DistributedDataParallel(
             _Part(objective, model),
             device_ids=[device] if device.type == "cuda" else None,
@@ -141,7 +147,7 @@ class DataParallel(Parallel):
 class Sharded(Parallel):
     """Weights, gradients and moments are spread over the processes: PyTorch's FSDP2, see train/sharding.py."""
 
-    def __init__(self, objective: Objective, updater: Updater, model: FSDPModule, stop: Sequence[int]) -> None:
+    def __init__(self, objective: Objective, updater: Updater, model: "FSDPModule", stop: Sequence[int]) -> None:
         super().__init__(objective, updater, stop)
         self._model = model
 
@@ -286,7 +292,7 @@ def make_parallel(
 ) -> Parallel:
     """The engine of one of several processes; see `check_engine`. model: the one that is trained, maybe spread. stop:
     the signals that this process got."""
-    if isinstance(model, FSDPModule):
+    if is_spread(model):
         return Sharded(objective, updater, model, stop)
     if name == "compile":
         objective = torch.compile(objective, fullgraph=True, dynamic=False)

@@ -37,11 +37,13 @@ from train.scores import Scores, draw_confusion, score, write_tables
 from train.shares import Shares, command
 from train.signals import stop_signals
 from videomae.classifier import Classifier
+from videomae.command_line import run_main
 from videomae.data import storage
 from videomae.data.labelled import LabelledVideos
 from videomae.data.readers import ViewReader
 from videomae.metrics import average_views
 from videomae.weight_files import write_atomically
+from videomae.wording import counted
 
 PROG = "python -m train.evaluate"
 _WORST = 5  # classes on the terminal
@@ -84,7 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     SIGTERM."""
     arguments = sys.argv[1:] if arguments is None else arguments
     about = "Test a classifier on labelled videos, over several views of each."
-    config = parse(arguments, EVALUATE, AS_TRAINED, prog=PROG, about=about)
+    example = f"{PROG} k400 --data k400 --weights runs/finetune-k400-base-1600"
+    config = parse(arguments, EVALUATE, AS_TRAINED, prog=PROG, about=about, examples=[example])
     after = "; the same command goes on"
     return command(partial(_begin, config), _evaluate, prog=PROG, device=config.device, stops=NotFinite, after=after)
 
@@ -114,7 +117,7 @@ def prepare(config: EvaluateConfig, shares: Shares) -> Evaluation:
     if stated not in (None, sampling):
         print(f"note: sampling was {said(stated)} in training and is {said(sampling)} here", file=sys.stderr)
     storage.configure(config.data.kept)
-    videos = find_tested(path, config.data.split, model)
+    videos = find_tested(path, config.data.split, model, config.data.root)
     warn_of(videos.videos)
     allowed = config.data.allow_nearest
     reader = view_reader(model.input, sampling, config.views, step=videos.videos.step, allow_nearest=allowed)
@@ -145,8 +148,8 @@ def _say_protocol(evaluation: Evaluation) -> None:
     part = f", part {config.shard}: {len(evaluation.mine):,}" if config.shard != "0/1" else ""
     part = evaluation.shares.said or part
     print(f"evaluate  {evaluation.out}")
-    print(f"weights   {evaluation.weights} ({card['weights']}): {card['classes']} classes")
-    print(f"data      {config.data.path or 'data/demo'} ({card['list']}): {card['videos']:,} videos{part}")
+    print(f"weights   {evaluation.weights} ({card['weights']}): {counted(card['classes'], 'class')}")
+    print(f"data      {config.data.path or 'data/demo'} ({card['list']}): {counted(card['videos'], 'video')}{part}")
     print(f"views     {card['views']} clips x crops of {card['clip']}, {card['sampling']}; {card['average']}")
     nearest = f"; frames: {card['frames']}" if evaluation.reader.nearest else ""
     print(f"pixels    {card['resize']}; crops {card['crops']}{nearest}")
@@ -223,7 +226,8 @@ def _report_part(evaluation: Evaluation, predictions: Predictions) -> int:
     """What a process says whose part is done, where others' are not."""
     rows = predictions.rows
     print(
-        f"\npart {evaluation.config.shard} is done; {len(rows):,} of {len(evaluation.videos):,} videos are: the last "
+        f"\npart {evaluation.config.shard} is done; {len(rows):,} of {counted(len(evaluation.videos), 'video')} are: "
+        "the last "
         "part to finish gives the result"
     )
     lost = [rows[i] for i in evaluation.mine if rows[i].unreadable is not None]
@@ -240,7 +244,7 @@ def _report(evaluation: Evaluation, predictions: Predictions) -> int:
         return _refuse_unreadable(evaluation, lost)
     scores = score(rows, evaluation.classes)
     write_tables(scores, evaluation.out)
-    title = f"{evaluation.config.recipe}: top-1 {scores.top1:.2f} % of {len(rows):,} videos"
+    title = f"{evaluation.config.recipe}: top-1 {scores.top1:.2f} % of {counted(len(rows), 'video')}"
     draw_confusion(scores, evaluation.out / "confusion.png", title)
     result = _result(evaluation, scores, list(rows.values()))
     text = json.dumps(result, indent=2) + "\n"
@@ -254,7 +258,8 @@ def _refuse_unreadable(evaluation: Evaluation, lost: Sequence[Row]) -> int:
     """Name the videos without which there is no result."""
     known = "" if len(evaluation.mine) == len(evaluation.videos) else ", of those known by now"
     print(
-        f"{PROG}: no result: {len(lost):,} of {len(evaluation.videos):,} videos cannot be read{known}", file=sys.stderr
+        f"{PROG}: no result: {len(lost):,} of {counted(len(evaluation.videos), 'video')} cannot be read{known}",
+        file=sys.stderr,
     )
     for row in lost:
         print(f"  {row.path}: {row.unreadable}", file=sys.stderr)
@@ -295,14 +300,14 @@ def _say_result(evaluation: Evaluation, scores: Scores, lost: int, seconds: floa
     total, right, names = int(scores.videos.sum()), int(scores.right1.sum()), scores.classes
     wrong = f"; {lost:,} could not be read and count as wrong" if lost else ""
     rate = f", {total / seconds:,.2f} videos a second" if seconds else ""
-    print(f"\ntop-1     {scores.top1:6.2f} %   {right:,} of {total:,} videos{wrong}")
+    print(f"\ntop-1     {scores.top1:6.2f} %   {right:,} of {counted(total, 'video')}{wrong}")
     print(f"top-5     {scores.top5:6.2f} %   in {seconds:,.1f} s of work{rate}")
     for number, (label, share, taken_for) in enumerate(scores.worst(_WORST)):
         confused = "" if taken_for is None else f", mostly taken for {names[taken_for]}"
         head = "worst" if number == 0 else ""
-        print(f"{head:<10}{share:6.2f} %   {names[label]}: {scores.videos[label]} videos{confused}")
+        print(f"{head:<10}{share:6.2f} %   {names[label]}: {counted(int(scores.videos[label]), 'video')}{confused}")
     print(f"files     {evaluation.out}/result.json, predictions.jsonl, per_class.csv, confusion.csv, confusion.png")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_main(main)

@@ -31,8 +31,11 @@ AS_TRAINED = "as-trained"
 class Source:
     """Where the videos are."""
 
-    # folder with SPLIT.csv, SPLIT/ or class folders; list file (`path label`), or prepared set, also by URL (s3://...)
+    # labelled videos: folder, list file (`path label`), or prepared set. A folder has SPLIT.csv, SPLIT/ or class
+    # folders; a prepared set may be a URL (s3://...)
     path: Annotated[str | None, tyro.conf.arg(aliases=["--data"])] = None
+    # of lists: the folder that their paths start from and may not leave; without it a list may name any file
+    root: str | None = None
     # of a folder; test and val stand in for each other
     split: Annotated[Literal["test", "val"], tyro.conf.arg(aliases=["--split"])] = "test"
     # of a prepared set that holds every s-th frame only: take the nearest ones where the views need others
@@ -42,6 +45,7 @@ class Source:
 
     def __post_init__(self) -> None:
         check(self.path != "", "data must not be empty")
+        check(self.root != "", "data.root must not be empty")
         check(0 < self.cache_gb < 1e9, f"data.cache-gb must be positive; got {self.cache_gb}")
 
     @property
@@ -56,8 +60,8 @@ class Source:
 class AskedSampling:
     """Which frames make a clip; what is not given is as the weights say that they were trained."""
 
-    kind: Literal["dense", "uniform"] | None = None
-    stride: int | None = None  # of dense
+    kind: Literal["dense", "uniform"] | None = None  # as the weights say, if not given
+    stride: int | None = None  # of dense; as the weights say, if not given
 
     def __post_init__(self) -> None:
         check(self.stride is None or self.stride >= 1, f"sampling.stride must be at least 1; got {self.stride}")
@@ -89,7 +93,7 @@ class EvaluateConfig:
     """An evaluation."""
 
     recipe: Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress]
-    # run folder (its newest checkpoint), checkpoint, weights file, Hugging Face folder or hub id
+    # a run folder, checkpoint, file, or hub id; of a run, its newest checkpoint; also a Hugging Face folder
     weights: str | None = None
     out: str | None = None  # folder of the results; runs/evaluate-RECIPE, or after the weights, if not given
     views: str | None = None  # CLIPSxCROPS of each video; 5x3 of dense sampling, 2x3 of uniform, if not given
@@ -100,6 +104,7 @@ class EvaluateConfig:
     workers: int | None = None  # decoding processes; by the number of cores if not given; 0 decodes in this process
     micro_batch: int | None = None  # clips on the device at a time; by its free memory if not given
     device: Literal["cpu", "cuda"] | None = None  # cuda where there is one, if not given
+    # auto: bfloat16, else float16, on a GPU; float32 on a CPU
     precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     attention: str = "auto"  # the back end, as in train.pretrain
     data: Source = field(default_factory=Source)
@@ -172,14 +177,14 @@ def names_of(model: Classifier) -> tuple[str, ...] | None:
     return None if _are_numbers(model.classes) else model.classes
 
 
-def find_tested(path: str, split: str, model: Classifier) -> LabelledVideos:
+def find_tested(path: str, split: str, model: Classifier, root: str | None = None) -> LabelledVideos:
     """The videos of the split, labelled as the model counts its classes. ValueError where they cannot be."""
     names, count = names_of(model), model.head.out_features
-    found = find_labelled(path, split)
+    found = find_labelled(path, split, root=root)
     if names is not None:
         # air_drumming is air drumming: published weights and folders differ in that
         own = {_spelled(name): name for name in found.classes}
-        found = find_labelled(path, split, like=[own.get(_spelled(name), name) for name in names])
+        found = find_labelled(path, split, like=[own.get(_spelled(name), name) for name in names], root=root)
     else:
         check(
             _are_numbers(found.classes) or len(found.classes) == count,

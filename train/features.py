@@ -30,6 +30,7 @@ from train.feature_files import FeatureFile, Ledger, begin_of, join_parts, locke
 from train.inference import Inference, encoder_of, read_model
 from train.machine import decoding_cores
 from train.shares import Shares, command
+from videomae.command_line import run_main
 from videomae.data import storage
 from videomae.data.dataset import Sample, VideoList, find_videos
 from videomae.data.decode import Decoder, ReaderName
@@ -38,6 +39,7 @@ from videomae.data.loader import Loader, LoaderConfig
 from videomae.data.pool import perform_all
 from videomae.data.shards import is_locator, read_index
 from videomae.features import Length, Level, Measure, WindowReader, Windows, features_of
+from videomae.wording import counted
 
 PROG = "python -m train.features"
 _AT_ONCE = 16  # windows of a batch
@@ -49,8 +51,10 @@ class FeaturesConfig:
     """Features of videos."""
 
     videos: tyro.conf.Positional[str]  # a folder of videos, a list of them, or a prepared set, also by URL
-    weights: str  # a run folder, a checkpoint, a weight file, or a Hugging Face folder or hub id
+    weights: str  # a run folder, checkpoint, file, or hub id; also a Hugging Face folder
     out: str  # folder for the features
+    # of a list: the folder that its paths start from and may not leave; without it a list may name any file
+    root: str | None = None
     level: Level = "clip"  # clip: one vector for each window; token: one for each of its cubes
     # frames from one of a clip's to the next; if not given, as the weights say, else 4
     stride: int | None = None
@@ -60,6 +64,7 @@ class FeaturesConfig:
     shard: str = "0/1"  # i/n: the i-th of n jobs on the same videos and folder, from 0 on
     workers: int | None = None  # decoding processes; by the number of cores if not given; 0 decodes in this one
     device: Literal["cpu", "cuda"] | None = None  # cuda where there is one, if not given
+    # auto: bfloat16, else float16, on a GPU; float32 on a CPU
     precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     attention: str = "auto"  # the back end, as in train.pretrain
     micro_batch: int | None = None  # windows on the device at a time; by its memory if not given
@@ -70,6 +75,7 @@ class FeaturesConfig:
 
     def __post_init__(self) -> None:
         check(self.out != "", "out must not be empty")
+        check(self.root != "", "root must not be empty")
         check(self.workers is None or self.workers >= 0, f"workers must not be negative; got {self.workers}")
         check(
             self.micro_batch is None or self.micro_batch >= 1, f"micro-batch must be at least 1; got {self.micro_batch}"
@@ -125,7 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; its exit code: 0 done, 1 some videos could not be read or the work had to stop, 2 wrong use, 130
     stopped by Ctrl-C."""
     about = "What a frozen model makes of every window of every video."
-    config = parse_flags(sys.argv[1:] if arguments is None else arguments, FeaturesConfig, prog=PROG, about=about)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    example = f"{PROG} VIDEOS --weights runs/pretrain-mine --out features"
+    config = parse_flags(arguments, FeaturesConfig, prog=PROG, about=about, examples=[example])
     after = "; the same command goes on from here"
     return command(partial(_begin, config), extract, prog=PROG, device=config.device, stops=NotFinite, after=after)
 
@@ -141,7 +149,7 @@ def prepare(config: FeaturesConfig, shares: Shares) -> Job:
     folder = str(Path(config.cache).expanduser())
     cache = storage.CacheConfig(folder, config.cache_gb) if storage.is_url(config.videos) else None
     storage.configure(cache)
-    videos = find_videos(config.videos)
+    videos = find_videos(config.videos, config.root)
     for note in videos.notes:
         print(f"warning: {note}", file=sys.stderr)
     model, report = read_model(config.weights)
@@ -160,7 +168,7 @@ def prepare(config: FeaturesConfig, shares: Shares) -> Job:
     reader = WindowReader(windows, encoder.input.size, Decoder(config.reader))
     out = Path(config.out).expanduser()
     check(not out.exists() or out.is_dir(), f"--out must be a folder; {out} is a file")
-    job = Job(config, out, _items(config.videos, videos), inference, reader, cache, shares)
+    job = Job(config, out, _items(config.videos, videos, config.root), inference, reader, cache, shares)
     settle_card(out, _card(job))
     return job
 
@@ -187,8 +195,9 @@ def _card(job: Job) -> dict[str, object]:
     }
 
 
-def _items(source: str, videos: VideoList) -> tuple[Item, ...]:
-    """Every video once, named by its path below the source; where two names would be one file's, with a hash."""
+def _items(source: str, videos: VideoList, home: str | None = None) -> tuple[Item, ...]:
+    """Every video once, named by its path below the source, or below a list's home; where two names would be one
+    file's, with a hash."""
     paths = list(dict.fromkeys(videos.paths))
     if is_locator(paths[0]):
         root = source if storage.is_url(source) else str(Path(source).expanduser().resolve())
@@ -196,7 +205,7 @@ def _items(source: str, videos: VideoList) -> tuple[Item, ...]:
         names = [sources[path] for path in paths]
         keys = [path.rpartition("::")[2].partition("@")[0] for path in paths]
     else:
-        root = str(Path(source).expanduser().resolve())
+        root = str(Path(home or source).expanduser().resolve())
         start = f"{root if Path(root).is_dir() else os.path.dirname(root)}{os.sep}"
         names, keys = [path.removeprefix(start) for path in paths], paths
     # neither an absolute path nor one that leaves the folder
@@ -222,7 +231,7 @@ def extract(job: Job) -> int:
     workers = decoding_cores(device, shares.world.local_size) if workers is None else workers
     kept = f"; {len(items) - len(todo):,} are done" if len(todo) < len(items) else ""
     what = f"{len(items):,} {shares.unit('videos')}{kept}{shares.said}"
-    print(f"{what}; {device}, {job.inference.precision}, {workers} workers: {job.out}", flush=True)
+    print(f"{what}; {device}, {job.inference.precision}, {counted(workers, 'worker')}: {job.out}", flush=True)
     readable: list[tuple[Item, Length]] = []
     for item, length in zip(todo, _lengths(job, todo, workers), strict=True):
         if length.unreadable is None:
@@ -245,7 +254,7 @@ def _report(job: Job, ledger: Ledger, videos: int, windows: int) -> int:
         shares.wait("joined")
     if not shares.world.is_first:
         return 0
-    print(f"{videos:,} videos, {windows:,} windows: {job.out}")
+    print(f"{counted(videos, 'video')}, {counted(windows, 'window')}: {job.out}")
     if lost:
         print(f"{lost:,} unreadable, listed in {listed}", file=sys.stderr)
     return 1 if lost else 0
@@ -416,4 +425,4 @@ class _Progress:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_main(main)

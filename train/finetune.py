@@ -27,6 +27,7 @@ from train.tuned import TunedVerb
 from train.validation import validate
 from train.verb import to_device
 from videomae.classifier import Classifier, classifier
+from videomae.command_line import run_main
 from videomae.data.dataset import VideoList
 from videomae.data.feed import OnDevice
 from videomae.data.labelled import LabelledVideos, find_labelled
@@ -35,6 +36,7 @@ from videomae.data.readers import LabelledClipReader, ViewReader
 from videomae.keys import key
 from videomae.model import Input
 from videomae.weights import load_weights
+from videomae.wording import counted
 
 _EMA = "ema.safetensors"
 
@@ -73,7 +75,7 @@ class Finetuning(TunedVerb[FinetuneConfig, LabelledVideos]):
         return str(demo_list().parent) if data.path is None else data.path
 
     def find(self, source: str, split: str, like: LabelledVideos | None = None) -> LabelledVideos:
-        return find_labelled(source, split, like=like)
+        return find_labelled(source, split, like=like, root=self.config.data.root)
 
     def check_set(self, found: LabelledVideos, source: str) -> None:
         step = found.videos.step
@@ -134,7 +136,7 @@ class Finetuning(TunedVerb[FinetuneConfig, LabelledVideos]):
         sampling = (
             f"stride {config.sampling.stride}" if config.sampling.kind == "dense" else "one of each part of the video"
         )
-        val = f"{len(self._val):,} videos" if self._val else "none"
+        val = counted(len(self._val), "video") if self._val else "none"
         return [
             f"classes   {len(self.train_set.classes)}; validation {val}",
             *self.describe_model(run.model, sampling),
@@ -221,4 +223,4 @@ class Finetuning(TunedVerb[FinetuneConfig, LabelledVideos]):
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_main(main)

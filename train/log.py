@@ -19,6 +19,7 @@ from kernels.launch import check
 from train.arrivals import Arrivals
 from train.waiting import LIMIT, Supply, advice
 from videomae.data.loader import Effort
+from videomae.wording import counted
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,21 @@ class _Step:
     paths: Sequence[str]
 
 
+def say(text: str) -> None:
+    """A line above the progress bar, where there is one; lost where stderr is a file on a full disk."""
+    with contextlib.suppress(OSError):
+        tqdm.write(text, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def goes_on(what: str) -> Iterator[None]:
+    """What is inside writes a file beside the training: a full disk is said, and no reason to end a run."""
+    try:
+        yield
+    except OSError as error:
+        say(f"warning: {what} could not be written: {error}; the run goes on")
+
+
 class QuietLog:
     """Of a process that leaves reports to the first one; use it inside `with`."""
 
@@ -60,8 +76,7 @@ class QuietLog:
     def __exit__(self, *_: object) -> None: ...
 
     def say(self, text: str) -> None:
-        """A line above the progress bar, where there is one."""
-        tqdm.write(text, file=sys.stderr)
+        say(text)
 
     def push(self, step: int, values: Tensor, **_: object) -> None: ...
 
@@ -83,9 +98,9 @@ class RunLog(QuietLog):
         forget_after(out / "metrics.jsonl", start)
         forget_after(out / "nonfinite.jsonl", start)
         forget_after(out / "evaluations.jsonl", start)
-        self._skipped, self._nonfinite = (_count_lines(out / name) for name in ("skipped.jsonl", "nonfinite.jsonl"))
+        self._skipped, self._nonfinite = (len(whole_lines(out / name)) for name in ("skipped.jsonl", "nonfinite.jsonl"))
         self._metrics, self._bad_steps, self._evaluations = (
-            _Lines(out / f"{name}.jsonl") for name in ("metrics", "nonfinite", "evaluations")
+            Lines(out / f"{name}.jsonl") for name in ("metrics", "nonfinite", "evaluations")
         )
         self._board = _open_board(out / "tensorboard", start) if config.tensorboard else None
         self._interactive = sys.stderr.isatty()
@@ -104,10 +119,10 @@ class RunLog(QuietLog):
     def __exit__(self, *_: object) -> None:
         self._bar.close()
         for lines in (self._metrics, self._bad_steps, self._evaluations):
-            with self._or_said("the end of a report"):
+            with goes_on("the end of a report"):
                 lines.write()
         if self._board is not None:
-            with self._or_said("the end of tensorboard/"):
+            with goes_on("the end of tensorboard/"):
                 self._board.close()
 
     def push(  # type: ignore[override]
@@ -144,7 +159,7 @@ class RunLog(QuietLog):
 
     def evaluated(self, step: int, values: Mapping[str, float | int]) -> None:
         """Report what a look at the model gave, beside the steps: a line of evaluations.jsonl, and TensorBoard."""
-        with self._or_said("evaluations.jsonl"):
+        with goes_on("evaluations.jsonl"):
             self._evaluations.add({"step": step, **values})
         self._draw(values, step)
 
@@ -167,7 +182,7 @@ class RunLog(QuietLog):
         if nonfinite:
             self._nonfinite += 1
             entry = {"step": done.step, "loss": str(loss), "grad_norm": str(norm), "clips": list(done.paths)}
-            with self._or_said("nonfinite.jsonl"):
+            with goes_on("nonfinite.jsonl"):
                 self._bad_steps.add(entry)
         self._window.append(done)
         if done.step % self._config.every == 0 or done.step == self._steps:
@@ -196,7 +211,7 @@ class RunLog(QuietLog):
             "nonfinite_steps": self._nonfinite,
             "time": round(time.time(), 3),
         }
-        with self._or_said("metrics.jsonl"):
+        with goes_on("metrics.jsonl"):
             self._metrics.add(entry)
         drawn = ("loss", "grad_norm", "lr", "clips_per_second", "data_wait", "batches_ready", "decode_ms")
         self._draw({name: entry[name] for name in drawn if entry[name] is not None}, done.step)
@@ -220,14 +235,6 @@ class RunLog(QuietLog):
             self.say(f"warning: tensorboard/ is not written any more: {error}")
             self._board = None
 
-    @contextlib.contextmanager
-    def _or_said(self, what: str) -> Iterator[None]:
-        """A full disk is no reason to end a run."""
-        try:
-            yield
-        except OSError as error:
-            self.say(f"warning: {what} could not be written: {error}; the run goes on, and tries again")
-
     def _show(self, entry: dict) -> None:
         text = (
             f"loss {_number(entry['loss'])}, lr {entry['lr']:.1e}, {entry['clips_per_second']:.0f} clips/s, "
@@ -235,28 +242,28 @@ class RunLog(QuietLog):
         )
         # the workers' time for a video, all its views
         text += ")" if entry["decode_ms"] is None else f", {entry['decode_ms']:.1f} ms a video)"
-        text += f", {self._skipped} clips skipped" if self._skipped else ""
-        text += f", {self._nonfinite} steps not finite" if self._nonfinite else ""
+        text += f", {counted(self._skipped, 'clip')} skipped" if self._skipped else ""
+        text += f", {counted(self._nonfinite, 'step')} not finite" if self._nonfinite else ""
         if self._interactive:
             self._bar.set_postfix_str(text)
         else:
             left = self._bar_left(entry)
-            print(f"step {entry['step']}/{self._steps}, {left} left, {text}", file=sys.stderr, flush=True)
+            self.say(f"step {entry['step']}/{self._steps}, {left} left, {text}")
 
     def _bar_left(self, entry: dict) -> str:
         clips_left = (self._steps - entry["step"]) * self._window[-1].clips
         return tqdm.format_interval(clips_left / max(entry["clips_per_second"], 1e-9))
 
 
-class _Lines:
+class Lines:
     """A file that entries are added to, a line each; what a full disk does not take is kept for the next time."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._left = path, b""
 
-    def add(self, entry: Mapping[str, Any]) -> None:
-        """Raises OSError; the entry is not lost."""
-        self._left += json.dumps(entry).encode() + b"\n"
+    def add(self, *entries: Mapping[str, Any]) -> None:
+        """Raises OSError; the entries are not lost."""
+        self._left += b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
         self.write()
 
     def write(self) -> None:
@@ -277,16 +284,17 @@ def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
 
 
-def _count_lines(path: Path) -> int:
-    return len(path.read_text().splitlines()) if path.exists() else 0
+def whole_lines(path: Path) -> list[str]:
+    """Of a file that lines are added to; none where there is no file."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    # a kill or a full disk can leave half a line at the end
+    return [line for line in lines if line.endswith("\n")]
 
 
 def forget_after(path: Path, step: int) -> None:
     """Drop lines of steps that a resumed run will do again."""
     if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        # a kill can leave half a line at the end
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        kept = [line for line in whole_lines(path) if json.loads(line)["step"] <= step]
         # a kill must not leave a part of it
         temporary = path.with_suffix(".writing")
         temporary.write_text("".join(kept))

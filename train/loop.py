@@ -16,16 +16,19 @@ from train.config import RunConfig
 from train.distributed import World, is_of_others, joined, place
 from train.engine import Engine, make_engine, make_parallel
 from train.heartbeat import Heartbeat
-from train.log import QuietLog, RunLog, TooManyNonFinite
+from train.log import QuietLog, RunLog, TooManyNonFinite, goes_on
 from train.picture import draw_curves
 from train.run import Run, prepare, say_plan
 from train.shares import first_speaks
 from train.signals import stop_signals
 from train.skipped import Skipped, TooManyUnreadable
 from train.verb import Verb
+from videomae.command_line import nobody_reads
 from videomae.data.dataset import Order, Sample
 from videomae.data.feed import OnDevice, feed
 from videomae.data.loader import NO_EFFORT, Loader
+from videomae.weight_files import write_atomically
+from videomae.wording import counted
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -38,8 +41,8 @@ def command(
     prog: str,
     about: str,
 ) -> int:
-    """Run a training command; its exit code: 0 done, 1 the run had to stop, 2 wrong use, 130 and 143 stopped by Ctrl-C,
-    SIGTERM."""
+    """Run a training command; its exit code: 0 done, 1 the run had to stop, 2 wrong use, 130, 138 and 143 stopped by
+    Ctrl-C, SIGUSR1, SIGTERM."""
     arguments = sys.argv[1:] if arguments is None else arguments
     with user_errors(prog):
         here = place()
@@ -57,6 +60,8 @@ def command(
         print(f"{prog}: stopped: {error}", file=sys.stderr)
         return 1
     except OSError as error:  # a full disk, most of all; the last checkpoint is whole
+        if nobody_reads():
+            raise
         print(f"{prog}: stopped: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:
@@ -133,9 +138,12 @@ def train(run: Run) -> int:
                 if saved != done and (error is None or run.spread is None):
                     _save(run, saver, done)
                 log.flush()
+                skipped.flush()
                 saver.finish()
+    code = _finish(run, done, "Finished", stop) if world.is_first else _code(run, done, stop)
+    # torchrun ends all as soon as one has ended: the first has saved, drawn and spoken before
     world.meet()
-    return _finish(run, done, "Finished", stop) if world.is_first else _code(run, done, stop)
+    return code
 
 
 def _stop_signals(world: World) -> contextlib.AbstractContextManager[list[int]]:
@@ -254,18 +262,21 @@ def _save(run: Run, saver: checkpoint.Saver, done: int) -> None:
 
 
 def _finish(run: Run, done: int, how: str, stop: list[int]) -> int:
+    curves = run.out / "curves.png"
     if how == "Finished":
-        draw_curves(run.out, run.out / "curves.png")
+        with goes_on(curves.name):
+            write_atomically(curves, lambda file: draw_curves(run.out, file))
     if done < run.schedule.steps:
         print(
             f"\nStopped at step {done} of {run.schedule.steps}, checkpoint saved. The same command goes on from there."
         )
         return _code(run, done, stop)
     at = run.out / "checkpoints" / f"step_{done}"
-    print(f"\n{how}: {done} steps, {done * run.plan.clips:,} clips.")
+    print(f"\n{how}: {counted(done, 'step')}, {counted(done * run.plan.clips, 'clip')}.")
     print(f"  checkpoint      {at}")
     board = f"  (or: tensorboard --logdir {run.out / 'tensorboard'})" if run.config.log.tensorboard else ""
-    print(f"  curves          {run.out / 'curves.png'}{board}")
+    if curves.exists():
+        print(f"  curves          {curves}{board}")
     for line in run.verb.results(run, at):
         print(f"  {line}")
     return 0

@@ -38,6 +38,7 @@ class Workload:
     inputs_held: int = 1  # micro-batches of uint8 pixels on the device: the one in use, and those that wait
     normalized_held: int = 0  # and of pixels that were normalised before the model, into float32
     averages: bool = False  # an average of the weights lies beside them
+    spread_over: int = 0  # processes that weights, gradients and moments are spread over; 0: each has all of them
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class _Layer:
 class Memory:
     """Bytes at the peak of a step."""
 
-    weights: int  # float32 parameters, two moments, their average, and their copies in the activations' dtype
+    weights: int  # float32 parameters, two moments, their average; copies in the activations' dtype, always whole
     gradients: int
     activations: int  # everything else: what grows with the micro-batch
 
@@ -65,7 +66,7 @@ class Memory:
 
 def estimate(work: Workload, micro_batch: int) -> Memory:
     """The step's memory with that many clips at a time."""
-    resting, gradients = (16 if work.averages else 12) * work.num_parameters, 4 * work.num_parameters
+    resting, gradients = _resting(work), 4 * work.num_parameters
     copies = work.bytes_each * work.num_parameters if work.bytes_each < 4 else 0
     weights = resting + int(_copied_share(work.recompute) * copies)
     frames = (
@@ -83,7 +84,8 @@ def estimate(work: Workload, micro_batch: int) -> Memory:
     # autocast keeps every copy until the model's forward ends, whoever makes them anew later; at the end none is left
     forward = frames + micro_batch * _forward_end(work)
     moments.append(Memory(resting + copies, gradients if work.accumulates else 0, forward))
-    moments.append(Memory(resting, gradients, frames))
+    # micro-batches add up whole gradients; otherwise a block's are spread once they are there
+    moments.append(Memory(resting, gradients if work.accumulates else gradients // max(work.spread_over, 1), frames))
     return max(moments, key=lambda memory: memory.peak)
 
 
@@ -94,6 +96,16 @@ def largest_micro_batch(work: Workload, budget: int, limit: int = 1 << 16) -> in
         middle = (low + high + 1) // 2
         low, high = (middle, high) if estimate(work, middle).peak <= budget else (low, middle - 1)
     return low
+
+
+def _resting(work: Workload) -> int:
+    """Bytes that a step finds: parameters, two moments, their average. Of spread ones a share, but for the whole model
+    that the first process keeps to look at, and two blocks' parameters at a time that are brought together."""
+    whole = (16 if work.averages else 12) * work.num_parameters
+    if work.spread_over == 0:
+        return whole
+    widest = 12 * max(work.size.width, work.size.decoder_width) ** 2
+    return -(-whole // work.spread_over) + 4 * work.num_parameters + 2 * 4 * widest
 
 
 def _copied_share(recompute: Recompute) -> float:

@@ -8,16 +8,18 @@ import warnings
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader
-from torch.distributed.checkpoint import load as load_distributed
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from kernels.launch import check
 from train.sharding import spread_as, whole
+from videomae.pickles import check_pickle
+
+# imported where it is needed, see train/sharding.py
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint import FileSystemReader
 
 # what the index of a distributed checkpoint of tensors is made of
 _CHECKPOINT = "torch.distributed.checkpoint"
@@ -57,23 +59,34 @@ class _Index(pickle._Unpickler):
         return super().find_class(module, name)
 
 
-class _Reader(FileSystemReader):
+def _reader(folder: Path) -> "FileSystemReader":
     """PyTorch's, whose index is unpickled with nothing but its own types."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        found = _Index(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
-        check(isinstance(found, Metadata), "the index of the optimizer is none")
-        files = {info.relative_path for info in found.storage_data.values()}
-        check(all(Path(name).name == name for name in files), "the optimizer's index points out of the checkpoint")
-        found.storage_meta = StorageMeta(load_id=self.load_id)
-        return found
+    class Reader(FileSystemReader):
+        def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+            index = (Path(self.path) / ".metadata").read_bytes()
+            check_pickle(io.BytesIO(index))
+            found = _Index(io.BytesIO(index)).load()
+            check(isinstance(found, Metadata), "the index of the optimizer is none")
+            files = {info.relative_path for info in found.storage_data.values()}
+            check(all(Path(name).name == name for name in files), "the optimizer's index points out of the checkpoint")
+            found.storage_meta = StorageMeta(load_id=self.load_id)
+            return found
+
+    return Reader(folder)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a distributed checkpoint, whole, on the CPU. Raises ValueError, OSError or RuntimeError where it
     cannot be read."""
+    from torch.distributed.checkpoint import CheckpointException
+    from torch.distributed.checkpoint import load as load_distributed
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     try:
-        stated = _Reader(folder).read_metadata().state_dict_metadata
+        stated = _reader(folder).read_metadata().state_dict_metadata
         tensors = {name: each for name, each in stated.items() if isinstance(each, TensorStorageMetadata)}
         check(len(tensors) == len(stated), "the optimizer holds more than tensors")
         # nothing makes room for more than is there
@@ -82,7 +95,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         check(claimed <= held, f"the optimizer's index tells of {claimed:,} bytes, its files have {held:,}")
         found = {name: torch.empty(each.size, dtype=each.properties.dtype) for name, each in tensors.items()}
         if found:
-            load_distributed(found, storage_reader=_Reader(folder), no_dist=True)
+            load_distributed(found, storage_reader=_reader(folder), no_dist=True)
         return found
     except CheckpointException as error:
         raise ValueError(f"the optimizer cannot be read: {next(iter(error.failures.values()))[0]}") from error

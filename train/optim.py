@@ -21,12 +21,12 @@ PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.floa
 class Optim:
     """AdamW and its schedule (RECIPES D.1)."""
 
-    base_lr: float = 1.5e-4  # for a batch of 256; the linear rule scales it to the batch
+    base_lr: float = 1.5e-4  # learning rate for a batch of 256; the linear rule scales it to the batch
     min_lr: float = 1e-5  # where the cosine ends, scaled likewise
     warmup_epochs: float = 40.0  # of linear warm-up from 0; with --steps, the same share of the run, at most a tenth
     weight_decay: float = 0.05  # not on biases, norms and the mask token
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
+    betas: tuple[float, float] = (0.9, 0.95)  # of the averages of the gradient and of its square
+    eps: float = 1e-8  # added to the root of the latter
     clip_grad: float | None = None  # largest gradient norm
     max_nonfinite: int = 20  # steps in a row with a loss or gradient that is not finite before the run stops
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from train.log import whole_lines
 from videomae.clip import from_cubes, to_cubes
 from videomae.masking import Mask
 from videomae.model import Input
@@ -130,7 +131,7 @@ def draw_curves(run: Path, out: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
         grid[1, 2].axis("off")
-    figure.savefig(out, dpi=110)
+    figure.savefig(out, dpi=110, format="png")
 
 
 # what is drawn of evaluations.jsonl, in per cent
@@ -144,4 +145,4 @@ _ACCURACIES = {
 
 
 def _read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in whole_lines(path)]

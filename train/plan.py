@@ -16,13 +16,15 @@ import torch
 from kernels.launch import check
 from train.cli import parse, user_errors
 from train.detect_recipes import DetectConfig
+from train.engine import ParallelName, check_engine
 from train.finetune_recipes import FinetuneConfig
 from train.machine import SHARE, bytes_text
 from train.memory import Workload, estimate, largest_micro_batch
 from train.recipes import PRETRAIN, PretrainConfig, build
-from train.scaling import clips_of_core, predict, spread_bytes
-from train.scaling_report import FLAGS, Flags, Forecast, check_shared, report, take_flags
+from train.scaling import clips_of_core, predict
+from train.scaling_report import FLAGS, NAMES, Flags, Forecast, check_shared, report, take_flags
 from videomae.blocks import RECOMPUTE
+from videomae.command_line import run_main
 from videomae.masking import Counts
 from videomae.model import size_of
 
@@ -90,6 +92,11 @@ def plan_batch(
     )
     peak = estimate(replace(work, accumulates=micro_batch < own), micro_batch).peak
     return BatchPlan(clips, micro_batch, peak, peak <= budget, processes)
+
+
+def of_one_process(work: Workload, parallel: ParallelName, processes: int) -> Workload:
+    """What a micro-batch holds in one of a run's processes."""
+    return replace(work, spread_over=processes) if parallel == "fsdp" else work
 
 
 def workload(config: PretrainConfig, num_parameters: int, precision: str, device_type: str = "cuda") -> Workload:
@@ -182,16 +189,15 @@ def forecast(config: PretrainConfig, work: Workload, flags: Flags, gpus: int) ->
     check_shared(config, gpus)
     cluster, parallel = flags.cluster(gpus), flags.parallel
     check(gpus > 1 or parallel == "ddp", "--parallel fsdp spreads weights over several GPUs; got --gpus 1")
-    check(gpus == 1 or config.engine != "graph", "--engine graph runs on one GPU; eager or compile on several")
+    several = None if gpus == 1 else parallel
+    check_engine(config.engine, torch.device("cuda"), config.model.recompute, parallel=several)
     check(
         config.precision != "float32" or flags.rate.clips_per_second is not None,
         "the peak of --gpu is that of bfloat16: with --precision float32 give --clips-per-second",
     )
     memory = cluster.gpu.memory if flags.memory is None else flags.memory
-    budget, saved = _budget(memory), spread_bytes(work, gpus) if parallel == "fsdp" else 0
-    plan = plan_batch(
-        *(config.clips_per_step, work), budget=budget + saved, micro_batch=config.micro_batch, processes=gpus
-    )
+    budget, held = _budget(memory), of_one_process(work, parallel, gpus)
+    plan = plan_batch(*(config.clips_per_step, held), budget=budget, micro_batch=config.micro_batch, processes=gpus)
     step = predict(
         *(cluster, work, flags.rate),
         micro_batch=plan.micro_batch,
@@ -200,18 +206,24 @@ def forecast(config: PretrainConfig, work: Workload, flags: Flags, gpus: int) ->
         eager=config.engine == "eager",
         core_clips=clips_of_core(flags.files, config.data.views_per_decode),
     )
-    return Forecast(cluster, plan.micro_batch, plan.accumulation, plan.peak_bytes - saved, budget, step)
+    return Forecast(cluster, plan.micro_batch, plan.accumulation, plan.peak_bytes, budget, step)
+
+
+_ABOUT = "What a recipe's step takes of a GPU's memory (--gpu-memory GB, 80 if not given), estimated to within 15 %."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print what was asked; exit code 2 for wrong use."""
     with user_errors(PROG):
         flags, rest = take_flags(sys.argv[1:] if arguments is None else arguments, PROG)
-    about = (
-        "What a recipe's step takes of a GPU's memory (--gpu-memory GB, 80 if not given), estimated to within 15 %.\n\n"
-        + FLAGS
+    config = parse(
+        *(rest, PRETRAIN, "k400-base-800"),
+        prog=PROG,
+        about=f"{_ABOUT}\n\n{FLAGS}",
+        examples=[f"{PROG} k400-base-800 --gpus 8 64 --gpu h200"],
+        groups=("how long", "which model"),
+        elsewhere=NAMES,
     )
-    config = parse(rest, PRETRAIN, "k400-base-800", prog=PROG, about=about)
     with torch.device("meta"):
         num_parameters = sum(p.numel() for p in build(config.model).parameters())
     work = workload(config, num_parameters, _precision(config))
@@ -225,4 +237,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_main(main)

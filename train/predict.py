@@ -21,6 +21,7 @@ from train.evaluation import AskedSampling, names_of, parse_views, read_classifi
 from train.inference import Inference, Reading, read_views
 from train.predict_boxes import predict_boxes
 from train.shares import refuse_several
+from videomae.command_line import Parser, run_main
 from videomae.data.dataset import find_videos
 from videomae.data.readers import ViewReader
 from videomae.data.shards import is_locator
@@ -65,20 +66,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(PROG, description="Classify videos: the most probable classes of each.")
-    add = parser.add_argument
-    add("videos", metavar="VIDEO", nargs="+", help="a file, or a folder of videos")
+    parser = Parser(
+        PROG,
+        "Classify videos: the most probable classes of each.",
+        example=f"{PROG} VIDEO --weights runs/finetune-mine",
+    )
+    parser.add_argument("videos", metavar="VIDEO", nargs="+", help="a file, or a folder of videos")
+    add = parser.add_argument_group("by what").add_argument
     add("--weights", metavar="W", help="a run folder, checkpoint, file, Hugging Face folder or hub id")
     add("--detector", metavar="W", help="weights of a detector instead (train.detect): what each of --boxes does")
     add("--boxes", metavar="CSV", help="second,x1,y1,x2,y2 of a detector's key frames, and path for several videos")
-    add("--out", metavar="DIR", default="runs/predict", help="folder of a detector's pictures (runs/predict)")
+    add = parser.add_argument_group("what of them").add_argument
     add("--views", metavar="CLIPSxCROPS", help="of each video (5x3 of dense sampling, 2x3 of uniform)")
-    add("--top", type=int, default=5, metavar="N", help="classes to be shown (5)")
-    add("--json", action="store_true", help="a JSON object a line instead of text")
     add("--average", choices=AVERAGES, default="prob", help="views by their probabilities (default) or logits")
     add("--sampling.kind", dest="kind", choices=("dense", "uniform"), help="(as the weights say)")
     add("--sampling.stride", dest="stride", type=int, metavar="S", help="of dense sampling (as the weights say)")
     add("--allow-nearest", action="store_true", help="frames that a prepared set does not hold: take the nearest")
+    add = parser.add_argument_group("what is said").add_argument
+    add("--top", type=int, default=5, metavar="N", help="classes to be shown (5)")
+    add("--json", action="store_true", help="a JSON object a line instead of text")
+    add("--out", metavar="DIR", default="runs/predict", help="folder of a detector's pictures (runs/predict)")
+    add = parser.add_argument_group("how fast").add_argument
     add("--workers", type=int, metavar="N", help=f"decoding processes (by the cores; none for {_FEW} videos or fewer)")
     add("--device", choices=("cpu", "cuda"), help="(cuda where there is one)")
     add("--precision", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="(auto)")
@@ -160,4 +168,4 @@ def _say(path: str, probabilities: Tensor, classes: tuple[str, ...], options: ar
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_main(main)

@@ -28,6 +28,7 @@ from videomae.data.moments import Timing
 from videomae.data.movies import Movie, look_at
 from videomae.data.sampling import KeyFrameClip
 from videomae.detector import Detector
+from videomae.wording import counted
 
 _NEEDED = ("second", "x1", "y1", "x2", "y2")
 _READ = (*_NEEDED, "path", "video", "score")
@@ -89,7 +90,7 @@ def _by_moment(paths: Sequence[str], lines: Sequence[_Line]) -> _Moments:
             own.setdefault((path, line.second), []).append(line)
     taken = {line.where for of_moment in own.values() for line in of_moment}
     if others := len(lines) - len(taken):
-        print(f"note: {others:,} of {len(lines):,} boxes are of videos that were not given", file=sys.stderr)
+        print(f"note: {others:,} of {counted(len(lines), 'box')} are of videos that were not given", file=sys.stderr)
     return own
 
 

@@ -1,11 +1,9 @@
 """Pre-train a VideoMAE: `python -m train.pretrain [RECIPE] [--data PATH] [--section.field VALUE]`.
 
-What pre-training adds to the loop of train/loop.py: masks, the pixel loss, reconstruction pictures, and the probe that
-tells whether something is learned.
+What it adds to the loop of train/loop.py, and to train/unlabelled.py: masks, the pixel loss, reconstruction pictures.
 """
 
 import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,26 +11,24 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kernels.launch import check
 from train.finetune_recipes import FINETUNE
-from train.inference import Reading
-from train.log import RunLog
+from train.log import RunLog, goes_on
 from train.loop import command
 from train.memory import Workload
 from train.objective import PretrainObjective
 from train.optim import PRECISIONS
 from train.picture import draw_reconstruction, reconstruct
 from train.plan import workload
-from train.probing import OnlineProbe
 from train.recipes import PRETRAIN, PretrainConfig, build
-from train.run import Run, check_reader, demo_list, demo_scenes, warn_of
-from train.verb import Verb
-from videomae.data import storage
-from videomae.data.dataset import Order, Sample, VideoList, find_videos
+from train.run import Run
+from train.unlabelled import UnlabelledVerb
+from videomae.command_line import run_main
+from videomae.data.dataset import Order, Sample
 from videomae.data.feed import OnDevice
 from videomae.data.readers import ClipReader
 from videomae.data.sampling import Sampling
-from videomae.model import Input, VideoMAE, size_of
+from videomae.model import VideoMAE, size_of
+from videomae.weight_files import write_atomically
 
 _PREVIEWS = 3  # clips in the reconstruction picture
 
@@ -43,42 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return command(Pretraining, PRETRAIN, arguments, prog="python -m train.pretrain", about=about)
 
 
-class Pretraining(Verb[PretrainConfig]):
+class Pretraining(UnlabelledVerb[PretrainConfig]):
     """One pre-training run."""
 
     name = "pretrain"
-    _probe: OnlineProbe | None = None
     _preview: tuple[Tensor, Tensor] | None = None  # frames and mask keys of the picture's clips, on the host
 
     @property
     def recipes(self) -> Mapping[str, Callable[[], PretrainConfig]]:
         return PRETRAIN
-
-    @property
-    def input(self) -> Input:
-        return self.config.model.input
-
-    @property
-    def recompute(self) -> str:
-        return self.config.model.recompute
-
-    def find_videos(self) -> VideoList:
-        data, stride = self.config.data, self.config.sampling.stride
-        if data.path is None:
-            rendered = {"demo": demo_list, "demo-scenes": lambda: demo_scenes() / "train"}
-            recipe = self.config.recipe
-            check(recipe in rendered, f"recipe {recipe} needs --data: a folder of videos, or a list file")
-            return find_videos(rendered[recipe]())
-        storage.configure(data.cache_of(data.path))
-        videos = find_videos(data.path)
-        warn_of(videos)
-        check(
-            stride % videos.step == 0,
-            f"{data.path} holds frames 0, {videos.step}, {2 * videos.step}, ... only: --sampling.stride must be a "
-            f"multiple of {videos.step}, not {stride}",
-        )
-        check_reader(data, videos)
-        return videos
 
     def sequences(self) -> dict[str, tuple[int, int]]:
         size, counts = size_of(self.config.model.size), self.config.counts
@@ -92,6 +61,7 @@ class Pretraining(Verb[PretrainConfig]):
         # which frames the weights have seen, for whoever uses them
         model.input = replace(model.input, sampling=Sampling("dense", self.config.sampling.stride))
         model.encoder.input = model.input
+        model.normalized = self.config.target.normalize
         return model
 
     def initialize(self, model: nn.Module) -> None: ...
@@ -109,6 +79,7 @@ class Pretraining(Verb[PretrainConfig]):
             decoder_mask=config.decoder_mask,
             decoder_ratio=config.decoder_ratio,
             normalize=config.target.normalize,
+            error=config.target.loss,
             autocast=PRECISIONS[precision],
         )
 
@@ -125,21 +96,6 @@ class Pretraining(Verb[PretrainConfig]):
             decoder=config.data.decoder,
         )
 
-    def ready(self, run: Run) -> None:
-        config = self.config
-        if config.probe.data is None:
-            return
-        storage.configure(config.data.cache_of(config.probe.data))
-        self._probe = OnlineProbe(
-            config.probe,
-            self.input,
-            Sampling("dense", config.sampling.stride),
-            seed=config.seed,
-            reading=Reading(run.workers, config.loader, config.data.cache_of(config.probe.data)),
-            decoder=config.data.decoder,
-            say=lambda text: print(text, file=sys.stderr),
-        )
-
     def describe(self, run: Run) -> list[str]:
         config, model = self.config, self.config.model
         millions = sum(p.numel() for p in run.model.parameters()) / 1e6
@@ -151,14 +107,8 @@ class Pretraining(Verb[PretrainConfig]):
         return [
             f"model     {model.size}, decoder depth {model.decoder_depth}: {millions:.1f} M parameters",
             f"clip      {model.frames} x {height} x {width}, stride {config.sampling.stride}; {hides}",
-            *self._describe_probe(),
+            *self.describe_probe(),
         ]
-
-    def _describe_probe(self) -> list[str]:
-        if self._probe is None:
-            return []
-        train, test = self._probe.counts
-        return [f"probe     every {self.config.probe.every} steps, {train:,} labelled clips tell {test:,} others apart"]
 
     def first(self, run: Run) -> list[Sample]:
         views = self.config.data.views_per_decode
@@ -169,39 +119,20 @@ class Pretraining(Verb[PretrainConfig]):
         readable = batch.weight > 0
         self._preview = batch.frames[readable].cpu(), batch.keys[readable].cpu()
 
-    def begin(self, run: Run, log: RunLog) -> None:
-        if run.start == 0:
-            self._look(run, log, 0)
-
     def inputs(self, run: Run, batch: OnDevice, step: int) -> dict[str, Tensor]:
         return {"frames": batch.frames, "keys": batch.keys}
 
     def looks_after(self, run: Run, done: int) -> bool:
-        return self._pictures_after(run, done) or self._probes_after(run, done)
+        return self._pictures_after(run, done) or super().looks_after(run, done)
 
     def _pictures_after(self, run: Run, done: int) -> bool:
         return done % self.config.log.picture_every == 0 or done == run.schedule.steps
-
-    def _probes_after(self, run: Run, done: int) -> bool:
-        return done % self.config.probe.every == 0 or done == run.schedule.steps
 
     def after_step(self, run: Run, log: RunLog, done: int) -> None:
         if self._pictures_after(run, done):
             with log.pause():
                 self._picture(run, done)
-        if self._probes_after(run, done):
-            self._look(run, log, done)
-
-    def _look(self, run: Run, log: RunLog, done: int) -> None:
-        """What the features are worth after so many steps, where the user wants to know."""
-        if self._probe is None:
-            return
-        assert isinstance(run.model, VideoMAE)
-        with log.pause():
-            found = self._probe.probe(run.model, PRECISIONS[run.precision])
-            log.evaluated(done, found)
-        text = ", ".join(f"{name.removeprefix('probe_')} {value:.1f} %" for name, value in found.items())
-        log.say(f"probe after step {done}: {text}")
+        super().after_step(run, log, done)
 
     @torch.no_grad()
     def _picture(self, run: Run, done: int) -> None:
@@ -219,8 +150,8 @@ class Pretraining(Verb[PretrainConfig]):
         ratio = mask.masked.shape[1] / mask.num_cubes
         title = f"{config.recipe}, step {done}: clips of the training set, {config.mask.kind} mask"
         sheet = draw_reconstruction(made, self.input, ratio, normalized=config.target.normalize, title=title)
-        (run.out / "samples").mkdir(exist_ok=True)
-        sheet.save(run.out / "samples" / f"step_{done:07d}.png")
+        with goes_on("a picture in samples/"):
+            write_atomically(run.out / "samples" / f"step_{done:07d}.png", lambda file: sheet.save(file, "PNG"))
 
     def results(self, run: Run, checkpoint: Path) -> list[str]:
         pictures = sorted((run.out / "samples").glob("*.png"))
@@ -236,4 +167,4 @@ class Pretraining(Verb[PretrainConfig]):
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_main(main)

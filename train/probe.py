@@ -47,6 +47,7 @@ from train.probing import (
 from train.record import surroundings
 from train.run import warn_of
 from train.shares import Shares, command
+from videomae.command_line import run_main
 from videomae.data import storage
 from videomae.data.dataset import Order
 from videomae.data.feed import feed
@@ -56,6 +57,7 @@ from videomae.features import features_of
 from videomae.metrics import average_views
 from videomae.model import Encoder
 from videomae.weight_files import write_atomically
+from videomae.wording import counted
 
 PROG = "python -m train.probe"
 _MICRO_BATCH = 64  # of the paper's batch, clips that are decoded together
@@ -65,7 +67,9 @@ _SHARED: tuple[Method, ...] = ("knn", "linear")  # of which features are all tha
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; its exit code: 0 done, 1 without a result, 2 wrong use, 130 stopped by Ctrl-C."""
     about = "What frozen features are worth: accuracies of simple classifiers on them."
-    config = parse_flags(sys.argv[1:] if arguments is None else arguments, ProbeConfig, prog=PROG, about=about)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    example = f"{PROG} --weights runs/pretrain-mine --data k400 --method knn linear"
+    config = parse_flags(arguments, ProbeConfig, prog=PROG, about=about, examples=[example])
     return command(partial(prepare, config), _probe, prog=PROG, device=config.device, stops=CannotProbe)
 
 
@@ -88,8 +92,8 @@ def prepare(config: ProbeConfig, shares: Shares, _: contextlib.ExitStack) -> Pro
     if config.random:
         torch.manual_seed(config.seed)
         encoder = Encoder(encoder.size, encoder.input)
-    train = find_labelled(path, "train")
-    test = find_labelled(config.test_data or path, config.data.split, like=train)
+    train = find_labelled(path, "train", root=config.data.root)
+    test = find_labelled(config.test_data or path, config.data.split, like=train, root=config.data.root)
     sampling = config.sampling.resolve(encoder.input.sampling)
     splits = []
     for videos, views in ((train, "1x1"), (test, config.views)):
@@ -130,8 +134,10 @@ def _say(probe: Probe) -> None:
     sampling = test.reader.sampling
     frames = (f"stride {sampling.stride}" if sampling.kind == "dense" else "uniform") + probe.shares.said
     print(f"encoder   {what} ({weights_hash(inference.model)})")
-    print(f"learns    {len(train.indices):,} of {len(train.videos):,} videos, {probe.num_classes} classes")
-    print(f"tested    {len(test.indices):,} of {len(test.videos):,} videos, {probe.config.views} views, {frames}")
+    classes = counted(probe.num_classes, "class")
+    print(f"learns    {len(train.indices):,} of {counted(len(train.videos), 'video')}, {classes}")
+    tested = counted(len(test.videos), "video")
+    print(f"tested    {len(test.indices):,} of {tested}, {probe.config.views} views, {frames}")
     print(f"device    {inference.device}, {inference.precision}; attention {inference.attention.name}", flush=True)
 
 
@@ -198,7 +204,8 @@ def _by_paper(probe: Probe, train: Known, test: Known) -> Tensor:
     schedule = Schedule(config.lr, 0.0, steps * config.warmup_epochs // config.epochs, steps)
     probe.chosen |= {"paper.batch_size": batch, "paper.steps": steps}
     if batch < config.batch_size:
-        print(f"note: linear-paper: {batch} videos are fewer than a batch: {steps} steps in all", file=sys.stderr)
+        few = f"{counted(batch, 'video')} where a batch has {config.batch_size:,}"
+        print(f"note: linear-paper: {few}: {counted(steps, 'step')} in all", file=sys.stderr)
     train_head(head, _augmented(probe, batch, steps), optimizer, schedule, _saying("linear-paper", steps))
     with torch.no_grad():
         return average_views(head(test.features.flatten(0, 1)).unflatten(0, test.features.shape[:2]))
@@ -353,4 +360,4 @@ def _result(probe: Probe, accuracy: dict[str, dict[str, float]], guessed: float)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_main(main)

@@ -17,8 +17,8 @@ METHODS: tuple[Method, ...] = ("knn", "linear", "linear-paper", "attentive")
 class Neighbours:
     """Of --method knn."""
 
-    k: int = NEIGHBOURS
-    temperature: float = TEMPERATURE
+    k: int = NEIGHBOURS  # neighbours that vote
+    temperature: float = TEMPERATURE  # of the votes' weights
 
     def __post_init__(self) -> None:
         check(self.k >= 1, f"knn.k must be at least 1; got {self.k}")
@@ -65,9 +65,9 @@ class Paper:
 class Attentive:
     """Of --method attentive: AdamW, cosine, a tenth of warm-up."""
 
-    lr: float = 3e-3
+    lr: float = 3e-3  # at the end of the warm-up
     weight_decay: float = 0.05
-    batch_size: int = 64
+    batch_size: int = 64  # videos of a step
     epochs: int = 30
 
     def __post_init__(self) -> None:
@@ -81,7 +81,7 @@ class Attentive:
 class ProbeConfig:
     """A probe of frozen features."""
 
-    weights: str  # a run folder, a checkpoint, a weight file, or a Hugging Face folder or hub id
+    weights: str  # a run folder, checkpoint, file, or hub id; also a Hugging Face folder
     method: tuple[Method, ...] = ("knn", "linear")  # knn, linear, linear-paper, attentive, or all
     test_data: str | None = None  # where the test split is, if not where --data is
     out: str | None = None  # folder for result.json; only the table if not given

@@ -17,6 +17,7 @@ from videomae.data.labelled import LabelledVideos
 from videomae.data.loader import Skip
 from videomae.data.readers import ViewReader
 from videomae.features import features_of
+from videomae.wording import counted
 
 _AT_ONCE = 32  # clips that are read together
 SAY_EVERY = 30.0  # seconds
@@ -75,7 +76,7 @@ def features_in(probe: Probe, split: Split, name: str) -> Known:
     for skip in lost[len(own.skips) :]:
         _say_lost(name, skip)
     probe.unreadable[name] = len(lost)
-    failed = f"{len(lost)} of {len(split.indices)} {name} videos cannot be read"
+    failed = f"{len(lost)} of {counted(len(split.indices), f'{name} video')} cannot be read"
     if len(lost) == len(split.indices):
         raise CannotProbe(failed)
     if name == "test" and lost and probe.config.unreadable == "error":

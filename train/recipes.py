@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from kernels.launch import check
+from kernels.pixel_loss import Error
 from train.checkpoint import Checkpointing
 from train.config import Data, Model, RunConfig
 from train.log import Logging
@@ -25,7 +26,7 @@ from videomae.model import VideoMAE, pretrain_model
 class PretrainModel(Model):
     """Which model is trained."""
 
-    decoder_depth: int = 4
+    decoder_depth: int = 4  # blocks
     # the decoder's last layer works for the cubes it predicts only; off: for all, to compare
     short_last_layer: bool = True
 
@@ -52,15 +53,15 @@ def build(config: PretrainModel) -> VideoMAE:
 class Masking:
     """What is hidden."""
 
-    kind: Literal["tube", "random", "frame"] = "tube"
-    ratio: float = 0.9
+    kind: Literal["tube", "random", "frame"] = "tube"  # tube: a place through all time
+    ratio: float = 0.9  # share of the cubes
 
 
 @dataclass(frozen=True)
 class Sampling:
     """Which frames make a clip."""
 
-    stride: int = 4  # frames of the video from one frame of the clip to the next
+    stride: int = 4  # frames of the video from one of the clip to the next
 
     def __post_init__(self) -> None:
         check(self.stride >= 1, f"sampling.stride must be at least 1; got {self.stride}")
@@ -86,6 +87,8 @@ class Target:
     """What the decoder predicts."""
 
     normalize: bool = True  # pixels of each cube and channel to mean 0, deviation 1; else pixels in [0, 1]
+    # of a pixel d off: d^2; |d|; or smooth-l1, d^2 / 2 up to 1 and |d| - 1/2 from there. Published models have mse
+    loss: Error = "mse"
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class PretrainConfig(RunConfig):
 
     # V2's dual masking: the decoder too leaves cubes out, decoder-ratio of them
     decoder_mask: Literal["none", "running-cell"] = "none"
-    decoder_ratio: float = 0.5
+    decoder_ratio: float = 0.5  # of the cubes, with a decoder-mask
     data: PretrainData = field(default_factory=PretrainData)
     model: PretrainModel = field(default_factory=PretrainModel)
     mask: Masking = field(default_factory=Masking)

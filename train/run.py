@@ -21,7 +21,7 @@ from train.distributed import ALONE, World
 from train.engine import Objective, check_engine
 from train.machine import bytes_text, decoding_cores, memory_budget, pick_device
 from train.optim import PRECISIONS, Schedule, Updater, resolve_precision, schedule
-from train.plan import BatchPlan, plan_batch
+from train.plan import BatchPlan, of_one_process, plan_batch
 from train.sharding import gather, shard
 from train.skipped import merge_parts
 from train.verb import Verb
@@ -35,6 +35,7 @@ from videomae.data.demo_scenes import make_scenes
 from videomae.data.pool import available_cpus
 from videomae.data.shards import is_locator
 from videomae.data.torchcodec_reader import check_parity
+from videomae.wording import counted
 
 # what may differ between the parts of one run: nothing here changes a clip. steps and epochs change the learning rates
 # still to come; micro_batch, device and how a step is computed the rounding, and the first two what drop path draws
@@ -178,9 +179,10 @@ def _plan(
 ) -> BatchPlan:
     """at_most: the largest micro-batch, where memory is not to decide."""
     config = verb.config
+    work = verb.workload(sum(p.numel() for p in model.parameters()), precision, device.type)
     return plan_batch(
         config.clips_per_step,
-        verb.workload(sum(p.numel() for p in model.parameters()), precision, device.type),
+        of_one_process(work, config.parallel, world.size),
         budget=world.least(memory_budget(device, world.local_size)),
         micro_batch=config.micro_batch,
         together=verb.together,
@@ -350,14 +352,15 @@ def say_plan(run: Run, resumed_from: Path | None) -> None:
             f" (1 of {count}: torchrun --nproc-per-node {count} -m train.{run.verb.name} uses all)" if alone else ""
         )
     else:
-        device = f"cpu, {torch.get_num_threads()} threads"
+        device = f"cpu, {counted(torch.get_num_threads(), 'thread')}"
     chosen = dict.fromkeys(run.attention.values())
     passes = run.schedule.steps * config.batch_size / len(run.videos)
     epochs = f"{passes:,.1f} epochs" + (f" x {views} views = {passes * views:,.1f} effective ones" if views > 1 else "")
     print(f"run       {run.out}")
+    videos = counted(len(run.videos), run.verb.unit.removesuffix("s"))
     # the demo's videos are in its folder's train/
     where = config.data.path or os.path.relpath(Path(run.videos.paths[0]).parents[1])
-    print(f"data      {where}: {len(run.videos):,} {run.verb.unit}, {run.workers} workers")
+    print(f"data      {where}: {videos}, {counted(run.workers, 'worker')}")
     for line in run.verb.describe(run):
         print(line)
     print(f"device    {device}, {run.precision}; engine {config.engine}")
@@ -366,7 +369,7 @@ def say_plan(run: Run, resumed_from: Path | None) -> None:
         + ", ".join(f"{' and '.join(k for k, v in run.attention.items() if v == c)} {c.name} ({c.why})" for c in chosen)
     )
     print(
-        f"batch     {run.plan.clips} clips a step = "
+        f"batch     {counted(run.plan.clips, 'clip')} a step = "
         f"{run.plan.micro_batch} at a time x {run.plan.accumulation} accumulated"
         + (f" x {run.plan.processes} processes" if run.world.group is not None else "")
         + (f" ({config.batch_size} {run.verb.unit} x {views} views)" if views > 1 else "")
@@ -380,7 +383,7 @@ def say_plan(run: Run, resumed_from: Path | None) -> None:
             file=sys.stderr,
         )
     print(
-        f"schedule  {run.schedule.steps:,} steps ({epochs}), {run.schedule.warmup_steps:,} of warm-up; "
+        f"schedule  {counted(run.schedule.steps, 'step')} ({epochs}), {run.schedule.warmup_steps:,} of warm-up; "
         f"learning rate {config.optim.base_lr:g} x {config.batch_size}/256 = {run.schedule.peak:.3g}"
     )
     if resumed_from:

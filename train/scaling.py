@@ -201,13 +201,6 @@ def exchange(
     return Exchange(passes * once, passes * seconds, (accumulation - 1) * each + last)
 
 
-def spread_bytes(work: Workload, gpus: int) -> int:
-    """Memory of a GPU that fsdp saves beside ddp: weights and moments lie on all of them, two blocks' weights at a time
-    are brought together. Copies in bfloat16 stay whole, and gradients where micro-batches add them up."""
-    widest = 4 * 12 * max(work.size.width, work.size.decoder_width) ** 2
-    return int(12 * work.num_parameters * (1 - 1 / gpus)) - 2 * widest
-
-
 def clips_of_core(files: Files, views: int) -> float:
     """Clips a second that a core decodes; between and beyond the measured views by the time that a view adds."""
     measured = DECODED[files]

@@ -1,6 +1,7 @@
 """The text of `train.plan --gpus`: its flags; a run on so many GPUs in lines, on several numbers of them in a table."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, gcd
@@ -12,6 +13,7 @@ from train.machine import bytes_text
 from train.memory import Workload
 from train.recipes import PretrainConfig
 from train.scaling import DECODED, GPUS, VIDEO_BYTES, Cluster, Files, Parallel, Rate, Step, clips_of_core, operations
+from videomae.wording import counted
 
 FLAGS = """\
 --gpus N [N ...]     how a run on so many GPUs scales, for each number; with it:
@@ -23,6 +25,7 @@ FLAGS = """\
 --clips-per-second X measured on one GPU, instead
 --files h264-fast    what is decoded: original, h264-fast or jpeg (videomae.data.prepare)
 --videos N           of the data set, where the recipe does not tell"""
+NAMES = ("--gpu-memory", *re.findall("^--[a-z-]+", FLAGS, re.M))
 
 # videos that train (RECIPES H), by the beginning of a recipe's name
 _VIDEOS = {"k400": 240_436, "ssv2": 168_913, "ucf101": 9_537, "hmdb51": 3_570}
@@ -193,17 +196,17 @@ def _table(config: PretrainConfig, flags: Flags, forecasts: Sequence[Forecast], 
 
 
 def _decoded(flags: Flags, views: int) -> str:
-    return f"{flags.files} files, {views} view{'s' if views > 1 else ''} each"
+    return f"{flags.files} files, {counted(views, 'view')} each"
 
 
 def _one(config: PretrainConfig, work: Workload, flags: Flags, f: Forecast, steps: int | None) -> list[str]:
     cluster, step = f.cluster, f.step
     machines = "1 machine" if cluster.machines == 1 else f"{cluster.machines:,} machines"
     unknown = "--videos N tells how long it is"
-    run = unknown if steps is None else f"{steps:,} steps, {_time_text(steps * step.seconds)}"
+    run = unknown if steps is None else f"{counted(steps, 'step')}, {_time_text(steps * step.seconds)}"
     fits = "" if f.peak <= f.budget else ": too large, --model.recompute block takes less"
     return [
-        f"batch       {step.clips:,} clips a step = {f.micro_batch} at a time x {f.accumulation} accumulated"
+        f"batch       {counted(step.clips, 'clip')} a step = {f.micro_batch} at a time x {f.accumulation} accumulated"
         f" x {cluster.gpus:,} GPU{'s' if cluster.gpus > 1 else ''} in {machines}",
         f"memory      {bytes_text(f.peak)} of a GPU; a step may take {bytes_text(f.budget)}{fits}",
         f"step        {_ms(step.seconds)} ms, {step.clips_per_second:,.0f} clips/s; computing {step.computing:.0%}"
@@ -250,7 +253,8 @@ def _checkpoint_lines(config: PretrainConfig, work: Workload, step: Step) -> lis
     # weights and both moments, float32
     size, every, keep = 12 * work.num_parameters, config.checkpoint.every, config.checkpoint.keep
     return [
-        f"checkpoint  {bytes_text(size)} every {every:,} steps, {_time_text(every * step.seconds)}: the most that is "
+        f"checkpoint  {bytes_text(size)} every {counted(every, 'step')}, {_time_text(every * step.seconds)}: the most "
+        f"that is "
         f"lost; {keep} kept, {bytes_text(keep * size)}",
     ]
 

@@ -24,6 +24,7 @@ from train.cli import user_errors
 from train.distributed import ALONE, World, is_of_others, place
 from train.machine import pick_device
 from train.rendezvous import new_store
+from videomae.command_line import nobody_reads
 
 T = TypeVar("T")
 
@@ -135,6 +136,8 @@ def command(
         print(f"{name}: stopped: {error}", file=sys.stderr)
         return 1
     except OSError as error:
+        if nobody_reads():
+            raise
         print(f"{name}: stopped: {error}{after}", file=sys.stderr)
         return 1
     except RuntimeError as error:

@@ -30,7 +30,8 @@ def stop_signals(
         since = time.monotonic()
         received.append(number)
         if after is not None:
-            print(f"\nstopping after {after}", file=sys.stderr)
+            with contextlib.suppress(OSError):  # stderr may be a file on a full disk
+                print(f"\nstopping after {after}", file=sys.stderr)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:

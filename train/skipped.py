@@ -5,9 +5,11 @@ import json
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-from train.log import forget_after
+from train.log import Lines, forget_after, goes_on, whole_lines
 from videomae.data.dataset import Sample
 from videomae.data.loader import Skip
+from videomae.weight_files import write_atomically
+from videomae.wording import counted
 
 # a run stops when more than this share and more than this number of its files are unreadable
 _SHARE, _FILES = 0.01, 10
@@ -22,10 +24,12 @@ def part_of(path: Path, rank: int) -> Path:
 
 def merge_parts(path: Path, start: int) -> None:
     """The parts of earlier processes into the record, of steps up to start."""
-    for part in sorted(path.parent.glob(f"{path.stem}.*{path.suffix}")):
-        lines = part.read_text().splitlines(keepends=True)
-        with path.open("a") as record:
-            record.writelines(line for line in lines if line.endswith("\n"))
+    parts = sorted(path.parent.glob(f"{path.stem}.*{path.suffix}"))
+    if parts:
+        # a kill can leave parts beside a record that has them
+        lines = dict.fromkeys(line for file in (path, *parts) for line in whole_lines(file))
+        write_atomically(path, lambda file: file.write_text("".join(lines)))
+    for part in parts:
         part.unlink()
     forget_after(path, start)
 
@@ -53,6 +57,7 @@ class Skipped:
             self.known[Sample(entry["epoch"], entry["index"], entry["view"])] = entry["reason"]
         if rank > 0:
             self._path = part_of(path, rank)
+        self._record = Lines(self._path)
 
     def see(self, samples: Iterable[Sample], skips: Iterable[Skip], step: int) -> list[Skip]:
         """Record a batch; returns the first skip of each file that was not known to be bad.
@@ -66,10 +71,10 @@ class Skipped:
         if not fresh:
             self._in_a_row = 0
             return []
-        with self._path.open("a") as file:
-            for skip in fresh:
-                entry = {"step": step, **skip.sample._asdict(), "path": skip.path, "reason": skip.reason}
-                file.write(json.dumps(entry) + "\n")
+        with goes_on(self._path.name):
+            self._record.add(
+                *({"step": step, **skip.sample._asdict(), "path": skip.path, "reason": skip.reason} for skip in fresh)
+            )
         first = {skip.path: skip for skip in reversed(fresh) if skip.path not in self._lost}
         self.known.update((skip.sample, skip.reason) for skip in fresh)
         self._lost.update((skip.path, skip.reason) for skip in fresh)
@@ -77,13 +82,18 @@ class Skipped:
         self._check_storage(samples, skipped, fresh[-1])
         return list(first.values())
 
+    def flush(self) -> None:
+        """Write what a full disk did not take before."""
+        with goes_on(self._path.name):
+            self._record.write()
+
     def _check(self) -> None:
         lost = [path for path in self._lost if path not in self._readable]
         all_lost = len(lost) == self._num_videos
         if all_lost or (len(lost) > _FILES and len(lost) > _SHARE * self._num_videos):
             listing = "\n".join(f"  {path}: {self._lost[path]}" for path in lost[:50])
             more = f"\n  ... and {len(lost) - 50} more" if len(lost) > 50 else ""
-            which = "none of the videos" if all_lost else f"{len(lost)} of {self._num_videos} videos"
+            which = "none of the videos" if all_lost else f"{len(lost)} of {counted(self._num_videos, 'video')}"
             verdict = "can be read" if all_lost else "cannot be read"
             raise TooManyUnreadable(f"{which} {verdict}:\n{listing}{more}\nThe whole list is in {self._path}")
 

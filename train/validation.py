@@ -11,6 +11,7 @@ from train.optim import PRECISIONS
 from train.run import Run
 from videomae.data.labelled import LabelledVideos
 from videomae.data.readers import ViewReader
+from videomae.wording import counted
 
 _FEW = 8
 
@@ -50,7 +51,7 @@ def validate(
         top1, top5 = top1 + int(best[:, 0].sum()), top5 + int(best.any(1).sum())
     model.train(was_training)
     if nonfinite:
-        say(f"validation: counted as wrong: {nonfinite:,} videos for which the model's outputs are not finite")
+        say(f"validation: counted as wrong: {counted(nonfinite, 'video')} for which the model's outputs are not finite")
     read = len(videos) - lost
     values = {"val_top1": 100 * top1 / len(videos), "val_top5": 100 * top5 / len(videos), "val_unreadable": lost}
     return {"val_loss": loss / read, **values} if read and not nonfinite else values

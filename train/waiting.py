@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from videomae.data.loader import Effort
+from videomae.wording import counted
 
 LIMIT = 0.05  # share of the time that a run may wait for data without a word
 
@@ -44,7 +45,7 @@ def _first(supply: Supply, needed: int, share: float) -> str:
     if needed <= supply.workers:
         return f"--loader.batches-ahead {2 * supply.batches_ahead}, to bridge single slow videos"
     if supply.workers < supply.cores:
-        return f"--workers {min(needed, supply.cores)} ({supply.cores} cores here to decode)"
+        return f"--workers {min(needed, supply.cores)} ({counted(supply.cores, 'core')} here to decode)"
     if share > 0.5 and supply.cached:
         return "the storage. A larger --data.cache-gb, or a copy of the set on a local disk"
     if share > 0.5:
@@ -53,7 +54,7 @@ def _first(supply: Supply, needed: int, share: float) -> str:
         # a worker that waits for bytes takes no core
         cores = ceil(needed * (1 - share))
         return (
-            f"the files. {cores} cores would be needed, {supply.cores} are here; "
+            f"the files. {counted(cores, 'core')} would be needed, {supply.cores} are here; "
             "python -m videomae.data.prepare IN OUT makes them several times cheaper to decode"
         )
     return (

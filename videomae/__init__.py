@@ -2,10 +2,15 @@
 
 from importlib import import_module
 
-from videomae import masking
-from videomae.classifier import classifier
-from videomae.detector import detector
-from videomae.model import encoder, pretrain_model
+_broken: Exception | None = None
+try:
+    from videomae import masking
+    from videomae.classifier import classifier
+    from videomae.detector import detector
+    from videomae.model import encoder, pretrain_model
+# python -m videomae.doctor says what is missing, and is in this package; who asks for the names above is told below
+except (ImportError, OSError) as error:
+    _broken = error
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,6 +34,8 @@ _WHERE = {
 
 
 def __getattr__(name: str) -> object:
+    if _broken is not None and name in __all__:
+        raise ImportError(f"videomae.{name}: {_broken}; python -m videomae.doctor says more") from _broken
     if name in _WHERE:
         return getattr(import_module(_WHERE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -146,6 +146,7 @@ def stated_in(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Sta
             mean=mean,
             std=std,
             classes=_classes_in(config.get("id2label")),
+            normalized=bool(config["norm_pix_loss"]) if "norm_pix_loss" in config else None,
             notes=(note,) if is_wrong else (),
         )
     except (TypeError, AttributeError, OverflowError) as error:
@@ -196,6 +197,7 @@ def config_of(
     num_classes: int,
     final_norm: bool,
     classes: tuple[str, ...] | None = None,
+    normalized: bool | None = None,
 ) -> dict[str, Any]:
     """The object of config.json. kind: "pretrain", "classifier" or "encoder". ValueError unless cubes are square."""
     slots, rows, columns = input.cube
@@ -227,7 +229,7 @@ def config_of(
         "decoder_intermediate_size": 4 * size.decoder_width,
         "decoder_num_attention_heads": size.decoder_heads,
         "decoder_num_hidden_layers": decoder_depth,
-        "norm_pix_loss": True,
+        "norm_pix_loss": normalized is not False,
         "dtype": "float32",
     }
     if kind == "classifier":

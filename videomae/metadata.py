@@ -29,6 +29,7 @@ def metadata_of(
     class_ids: tuple[int, ...] | None = None,
     key_clip: KeyFrameClip | None = None,
     aligned: bool | None = None,
+    normalized: bool | None = None,
 ) -> dict[str, str]:
     """What a file's header says; kind: "pretrain", "classifier", "detector" or "encoder". Nothing is said of what is
     None."""
@@ -44,6 +45,7 @@ def metadata_of(
         "class_ids": class_ids,
         "key_clip": key_clip and asdict(key_clip),
         "aligned": aligned,
+        "normalized": normalized,
         "sampling": input.sampling and {"kind": input.sampling.kind, "stride": input.sampling.stride},
         "positions": input.positions_of and {"from": input.positions_of},
     }
@@ -77,6 +79,7 @@ def stated_in(metadata: Mapping[str, str], source: str) -> Stated:
             sampling=None if sampling is None else Sampling(**sampling),
             positions_of=None if positions is None else _three(positions["from"]),
             classes=None if classes is None else tuple(map(str, classes)),
+            normalized=_flag(metadata, "normalized"),
             **_detectors(metadata),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
@@ -85,12 +88,18 @@ def stated_in(metadata: Mapping[str, str], source: str) -> Stated:
 
 def _detectors(metadata: Mapping[str, str]) -> dict[str, Any]:
     """What is stated of detectors alone, where it is known."""
-    ids, clip, aligned = (json.loads(metadata.get(x, "null")) for x in ("class_ids", "key_clip", "aligned"))
+    ids, clip = (json.loads(metadata.get(x, "null")) for x in ("class_ids", "key_clip"))
     return {
         "class_ids": None if ids is None else tuple(map(int, ids)),
         "key_clip": None if clip is None else KeyFrameClip(**clip),
-        "aligned": aligned,
+        "aligned": _flag(metadata, "aligned"),
     }
+
+
+def _flag(metadata: Mapping[str, str], name: str) -> bool | None:
+    value = json.loads(metadata.get(name, "null"))
+    check(value in (None, True, False), f"{name} must be true or false; got {value!r}")
+    return value
 
 
 def _three(values: Any) -> tuple[int, int, int]:

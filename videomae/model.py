@@ -173,6 +173,7 @@ class VideoMAE(nn.Module):
         super().__init__()
         check(decoder_depth >= 1, f"decoder_depth must be at least 1; got {decoder_depth}")
         self.input = input
+        self.normalized: bool | None = None  # whether it was trained to predict normalised pixels, where that is known
         self.encoder = Encoder(size, input)
         self.encoder_to_decoder = nn.Linear(size.width, size.decoder_width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, size.decoder_width))

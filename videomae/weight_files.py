@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kernels.launch import check
 from videomae.data.sampling import KeyFrameClip, Sampling
+from videomae.pickles import check_file
 
 # what official files hold beside tensors: the command line, and numpy.float64 learning rates in the optimizer's groups,
 # under the names that numpy 1 and numpy 2 pickle them with
@@ -74,6 +75,7 @@ class Stated:
     class_ids: tuple[int, ...] | None = None
     key_clip: KeyFrameClip | None = None
     aligned: bool | None = None
+    normalized: bool | None = None
     sampling: Sampling | None = None
     positions_of: tuple[int, int, int] | None = None
     notes: tuple[str, ...] = ()
@@ -181,6 +183,10 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     # a file that may not be opened is not a damaged one
     path.open("rb").close()
     try:
+        check_file(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is damaged, or no PyTorch file: {error}") from error
+    try:
         # mapped, an official file's optimizer state is never read
         with torch.serialization.safe_globals(_INERT):
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -216,12 +222,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _unwrap(loaded: Mapping[str, Any], source: str) -> dict[str, Tensor]:
     """The tensors inside wrappers, without the prefixes of torch.compile, data parallelism and mmaction."""
-    wrapper = next((name for name in _WRAPPERS if isinstance(loaded.get(name), Mapping)), None)
-    if wrapper:
-        return _unwrap(loaded[wrapper], source)
+    # in a loop: a file may have more wrappers than Python has levels of calls
+    while wrapper := next((name for name in _WRAPPERS if isinstance(loaded.get(name), Mapping)), None):
+        loaded = loaded[wrapper]
     tensors: dict[str, Tensor] = {}
     for name, value in loaded.items():
-        check(isinstance(name, str), f"{source} must name its tensors with strings; got {name!r}")
+        check(isinstance(name, str), f"{source} must name its tensors with strings; got {name!r:.80}")
         kind = f"{value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
         is_weight = isinstance(value, Tensor) and value.is_floating_point()
         check(is_weight, f"{source} must hold floating-point tensors; got {kind} for {name}")

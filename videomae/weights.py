@@ -8,7 +8,6 @@ Parameter names are the official ones, so an official file needs no translation;
 the model takes in its metadata (`metadata.py`).
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -24,11 +23,13 @@ from torch import Tensor, nn
 from kernels.launch import check
 from videomae import hugging_face, image_weights, metadata
 from videomae.classifier import Classifier
+from videomae.command_line import Parser, run_main
 from videomae.detector import AVA_MEAN, AVA_STD, Detector
 from videomae.inputs import POSITIONS, Positions, adopt, choose_positions, set_normalization, set_positions
 from videomae.model import SIZES, Encoder, Input, Size, VideoMAE
 from videomae.weight_files import Stated, Stored, read, write_atomically
 from videomae.weight_names import NOT_ALWAYS, Known, bare, depth_of, listing, match
+from videomae.wording import counted
 
 __all__ = [
     "Report",
@@ -58,7 +59,7 @@ class Report:
     messages: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"{self.source}: {self.format} weights, {len(self.used)} tensors used"]
+        lines = [f"{self.source}: {self.format} weights, {counted(len(self.used), 'tensor')} used"]
         lines += [f"  ignored: {listing(self.ignored)}"] if self.ignored else []
         lines += [f"  fresh: {listing(self.fresh)}"] if self.fresh else []
         return "\n".join(lines + [f"  {message}" for message in self.messages])
@@ -73,8 +74,8 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any], *, po
     a fine-tuning file has no norm for an encoder, whose own stays. A head of another number of classes is left fresh,
     and so is a detector's with a classifier's file, or the other way round.
     The normalisation that the file states, if any, becomes the model's, but a detector takes only a detector's; so do
-    its sampling, and its classes' names and ids where the model has none. An image transformer gives its blocks and its
-    kernel, spread over the cube's frames.
+    its sampling, and its classes' names and ids where the model has none. An image transformer, as which a file of one
+    frame counts where cubes have several, gives its blocks and its kernel, spread over the cube's frames.
     positions: what a model of another grid gets, "fresh" its own table, "interpolate" the table of the file's grid,
     resized; a file without frames and image size counts as 16 and 224.
     """
@@ -107,11 +108,13 @@ def copy_weights(model: nn.Module) -> Callable[[str | Path], None]:
 def _writer_of(model: nn.Module, tensors: dict[str, Tensor]) -> Callable[[str | Path], None]:
     kind, encoder = _parts(model)
     depth = len(model.decoder.blocks) if isinstance(model, VideoMAE) else None
-    of_detector: dict[str, Any] = {}
-    if isinstance(model, Detector):
-        of_detector = {"class_ids": _ids_of(model), "key_clip": model.key_clip, "aligned": model.aligned}
+    own: dict[str, Any] = {}
+    if isinstance(model, VideoMAE):
+        own = {"normalized": model.normalized}
+    elif isinstance(model, Detector):
+        own = {"class_ids": _ids_of(model), "key_clip": model.key_clip, "aligned": model.aligned}
     stated = metadata.metadata_of(
-        kind, encoder.size, encoder.input, decoder_depth=depth, classes=_classes_of(model), **of_detector
+        kind, encoder.size, encoder.input, decoder_depth=depth, classes=_classes_of(model), **own
     )
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     return lambda path: write_atomically(Path(path), lambda file: save_file(tensors, file, stated))
@@ -146,6 +149,7 @@ def save_hugging_face(model: nn.Module, folder: str | Path) -> None:
         num_classes=model.head.out_features if isinstance(model, Classifier) else 0,
         final_norm=encoder.norm is not None,
         classes=_classes_of(model),
+        normalized=model.normalized if isinstance(model, VideoMAE) else None,
     )
     tensors = {name: tensor.contiguous() for name, tensor in hugging_face.from_official(_tensors_of(model)).items()}
     objects = {"config.json": config, "preprocessor_config.json": hugging_face.preprocessor_of(encoder.input)}
@@ -258,13 +262,12 @@ def _sizes_of(known: Known, tensors: Mapping[str, Tensor]) -> tuple[Size, tuple[
 
 
 def _load(model: VideoMAE | Encoder, known: Known, positions: Positions) -> Report:
-    stated = known.stated
-    messages = [*stated.notes, *_compare(model, known)]
-    if known.is_image:
+    messages = [*known.stated.notes, *_compare(model, known)]
+    if _begins_with_images(model, known):
+        messages += _on_images(model, known)
         known = _for_clips(model, known, positions)
-        messages.append(f"an image model: its kernel is spread over {model.input.cube[0]} frames, its head not used")
     used, ignored, fresh = match(model, known)
-    origin, said = choose_positions(model.input, stated, positions, known.source)
+    origin, said = choose_positions(model.input, known.stated, positions, known.source)
     messages += said + _remarks(model, known, used, ignored) + _take_over(model, known, used)
     targets = model.state_dict()
     with torch.no_grad():
@@ -284,6 +287,8 @@ def _take_over(model: VideoMAE | Encoder, known: Known, used: Mapping[str, Tenso
         kept = f"frames are normalised as the detector does, not as the file says: mean {input.mean}, std {input.std}"
         return [kept] if is_other else []
     messages = adopt(model, stated)
+    if isinstance(model, VideoMAE) and model.normalized is None:
+        model.normalized = stated.normalized
     if stated.mean is None and known.format not in ("official", "videomae"):
         unknown = "normalisation is not stated, there is no preprocessor_config.json"
         messages.append(f"{unknown}: mean stays {input.mean} and std {input.std}")
@@ -311,6 +316,11 @@ def _remarks(model: nn.Module, known: Known, used: Mapping[str, Tensor], ignored
     return messages + [f"{theirs} weights became {ours}" for theirs, ours in sorted(casts) if theirs != ours]
 
 
+def _begins_with_images(model: VideoMAE | Encoder, known: Known) -> bool:
+    """Whether weights of images are to begin a model of clips: an image model's, or one frame's, for longer cubes."""
+    return known.is_image or known.stated.frames == 1 < model.input.cube[0]
+
+
 def _for_clips(model: VideoMAE | Encoder, known: Known, positions: Positions) -> Known:
     """An image model's tensors with a kernel for this model's cubes; ValueError where it cannot take an image model."""
     what = f"{known.source} is an image model"
@@ -318,7 +328,18 @@ def _for_clips(model: VideoMAE | Encoder, known: Known, positions: Positions) ->
         not isinstance(model, VideoMAE), f"{what}, without a decoder for clips: load it into an Encoder or Classifier"
     )
     check(positions == "fresh", f"{what}, whose positions are not those of clips: positions must be 'fresh'")
-    return replace(known, tensors=image_weights.inflated(known.tensors, model.input.cube, known.source))
+    tensors = image_weights.inflated(known.tensors, model.input.cube, known.source)
+    # what it says of time is not said of clips
+    return replace(known, tensors=tensors, stated=replace(known.stated, frames=None, sampling=None))
+
+
+def _on_images(model: VideoMAE | Encoder, known: Known) -> list[str]:
+    """Messages about what becomes of an image model's kernel, head and positions."""
+    head = ", its head not used" if known.is_image else ""
+    return [
+        f"an image model: its kernel is spread over {model.input.cube[0]} frames{head}",
+        f"positions: the model's own, of {'x'.join(map(str, model.input.grid))} cubes",
+    ]
 
 
 def _name_classes(model: Classifier | Detector, stated: Stated) -> list[str]:
@@ -345,8 +366,9 @@ def _compare(model: VideoMAE | Encoder, known: Known) -> list[str]:
         ("width", stated.width, size.width),
         ("depth", stated.depth, size.depth),
         ("heads", stated.heads, size.heads),
-        ("cube", stated.cube, input.cube),
     ]
+    if not _begins_with_images(model, known):
+        pairs.append(("cube", stated.cube, input.cube))
     if isinstance(model, Detector):
         pairs.append(("aligned", stated.aligned, model.aligned))
     # a classifier's config and size name a decoder that it does not have
@@ -372,9 +394,10 @@ def describe(source: str | Path | Mapping[str, Any]) -> str:
     (kind, encoder), stated = _parts(model), known.stated
     size, input = encoder.size, encoder.input
     depth = f", decoder of {len(model.decoder.blocks)} blocks" if isinstance(model, VideoMAE) else ""
-    depth += f", {model.head.out_features} classes" if isinstance(model, Classifier | Detector) else ""
+    depth += f", {counted(model.head.out_features, 'class')}" if isinstance(model, Classifier | Detector) else ""
     name = next((name for name, row in SIZES.items() if (row.width, row.heads) == (size.width, size.heads)), "own size")
-    clip = f"{input.frames} frames of {input.size[0]}x{input.size[1]} in cubes of {'x'.join(map(str, input.cube))}"
+    frames = "1 frame" if input.frames == 1 else f"{input.frames} frames"
+    clip = f"{frames} of {input.size[0]}x{input.size[1]} in cubes of {'x'.join(map(str, input.cube))}"
     assumed = "" if stated.frames and stated.image_size else " (not all of it is stated in the file)"
     lines = [f"{known.source}: {known.format} weights", f"  kind      {kind}{depth}"]
     lines += [f"  size      {name}: width {size.width}, {size.depth} blocks, {size.heads} heads"]
@@ -401,7 +424,11 @@ def _newest_of(source: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; 0, or 2 and one line on stderr when the input is bad."""
-    parser = argparse.ArgumentParser("videomae.weights", description="Convert weights, or say what they are.")
+    parser = Parser(
+        "videomae.weights",
+        "Convert weights, or say what they are.",
+        example="python -m videomae.weights runs/pretrain-mine exported --to hf",
+    )
     parser.add_argument("source", metavar="IN", help="a file, a folder, also of a run, or a Hugging Face hub id")
     parser.add_argument("target", metavar="OUT", nargs="?", help="for hf a folder, for official a .pth file")
     parser.add_argument("--to", choices=("hf", "official"), help="the format of OUT; without both, IN is described")
@@ -424,4 +451,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

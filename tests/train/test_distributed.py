@@ -55,9 +55,10 @@ def labelled(tmp_path_factory):
     return folder
 
 
-def start(processes, verb, data, out, flags):
-    """Without torchrun where processes is 0."""
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"] if processes else []
+def start(processes, verb, data, out, flags, torchrun=()):
+    """Without torchrun, and its flags, where processes is 0."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *torchrun, "-m"]
+    launcher = launcher if processes else []
     command = [sys.executable, "-m", *launcher, f"train.{verb}", *flags, "--data", data, "--out", out]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -130,6 +131,8 @@ def test_a_batch_is_shared_equally_or_refused():
     assert plan_batch(24, work, budget=0, processes=3, together=4).micro_batch == 4
     with pytest.raises(ValueError, match="24 clips cannot be shared equally by 5 processes: give another --batch-size"):
         plan_batch(24, work, budget=1 << 40, processes=5)
+    with pytest.raises(ValueError, match="2 clips cannot be shared equally by 4 processes"):
+        plan_batch(2, work, budget=1 << 40, processes=4)
     with pytest.raises(ValueError, match="by 4 processes in groups of 4"):
         plan_batch(24, work, budget=1 << 40, processes=4, together=4)
     with pytest.raises(ValueError, match="micro-batch 8 does not divide a step's 6 clips in each of 4 processes"):
@@ -172,6 +175,29 @@ def test_two_and_four_processes_do_what_one_does(videos, tmp_path):
         told = json.loads((tmp_path / processes / "config.json").read_text())["processes"]
         assert [one["rank"] for one in told] == list(range(int(processes)))
         assert {one["host"] for one in told} == {platform.node()}
+
+
+@LONG
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_more_processes_than_videos_do_what_one_does(parallel, tmp_path):
+    """Three videos, of which one cannot be read, and four processes with a clip each: in most steps one of them has
+    nothing to learn from. The five steps leave a clip of the seven passes."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for i in range(3):
+        write_video(folder / f"{i}.mp4", moving_frames(14, 24, 32, seed=i))
+    (folder / "1.mp4").write_bytes(b"broken")
+    flags = ["demo", *FAST.split(), "--batch-size", "4", "--log.every", "1", "--epochs", "7"]
+    run(0, "pretrain", folder, tmp_path / "0", flags)
+    run(4, "pretrain", folder, tmp_path / "4", [*flags, "--parallel", parallel])
+    assert_close(tmp_path / "4", tmp_path / "0", 5, rtol=3e-6)
+    alone, four = metrics(tmp_path / "0"), metrics(tmp_path / "4")
+    assert [line["step"] for line in four] == [1, 2, 3, 4, 5]
+    # of five steps of four clips, those of the second video
+    assert alone[-1]["skipped_clips"] in (6, 7)
+    for one, other in zip(four, alone, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert one["skipped_clips"] == other["skipped_clips"]
 
 
 @LONG
@@ -240,14 +266,23 @@ def test_fine_tuning_with_all_that_it_draws(parallel, labelled, tmp_path):
 
 
 @LONG
-def test_a_signal_ends_all_after_the_same_step_and_nothing_is_lost(videos, tmp_path):
+@pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, None), (signal.SIGUSR1, None), (signal.SIGUSR1, 1)])
+def test_a_signal_ends_all_after_the_same_step_and_nothing_is_lost(number, rank, videos, tmp_path):
+    """Told to torchrun, which hands it on, or to one process."""
     flags, out = [*PRETRAIN_FLAGS, "--steps", 100_000], tmp_path / "run"
-    process = start(2, "pretrain", videos, out, flags)
+    handled = [] if number == signal.SIGTERM else ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
+    process = start(2, "pretrain", videos, out, flags, torchrun=handled)
     wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) > 3)
-    process.send_signal(signal.SIGTERM)
+    told = [process.pid] if rank is None else [pid for pid in children(process.pid) if rank_of(pid) == rank]
+    os.kill(told[0], number)
     printed, err = process.communicate(timeout=60)
-    assert process.returncode != 0
+    assert process.returncode == 1
+    if rank is not None:
+        assert f"exitcode  : {128 + number}" in err
     assert "checkpoint saved" in printed
+    # what was drawn while torchrun ended the others is whole
+    assert not list(out.glob(".*.tmp"))
+    assert (out / "curves.png").exists()
     done = int(next((out / "checkpoints").iterdir()).name.removeprefix("step_"))
     assert metrics(out)[-1]["step"] == done
     printed, _ = run(2, "pretrain", videos, out, [*PRETRAIN_FLAGS, "--steps", done + 2])

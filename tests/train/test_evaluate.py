@@ -228,7 +228,7 @@ def test_pretraining_weights_are_refused(data, tmp_path, capsys):
         (("--views", "0x3"), "views must be 1 to 1000 clips"),
         (("--shard", "3/3"), "shard must be i/n, i below n; got '3/3'"),
         (("--sampling.kind", "uniform", "--sampling.stride", "2"), "uniform sampling has no stride"),
-        (("--data.split", "train"), "invalid choice"),
+        (("--data.split", "train"), "must be one of test, val; got train"),
         (("--sampling.stride", "0"), "sampling.stride must be at least 1; got 0"),
     ],
 )

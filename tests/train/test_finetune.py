@@ -232,6 +232,22 @@ def test_starts_from_a_pre_training_run(classes, tmp_path, capsys):
     assert torch.equal(tuned["fc_norm.weight"], torch.ones(64))
 
 
+@pytest.mark.long
+def test_starts_from_an_image_model_of_ones_own(classes, tmp_path, capsys):
+    one_frame = ["--model.frames", 1, "--model.cube", 1, 8, 8, "--mask.kind", "random", "--mask.ratio", 0.75]
+    assert pretrain(classes / "train", tmp_path / "image", "--steps", 2, *one_frame, "--target.loss", "smooth-l1") == 0
+    assert "random mask hides 3 of 4 cubes" in capsys.readouterr().out
+    flags = ["--steps", 1, "--weights", tmp_path / "image", "--optim.base-lr", 1e-30, "--optim.min-lr", 0]
+    assert run(classes, tmp_path / "tuned", *flags) == 0
+    assert "an image model: its kernel is spread over 2 frames" in capsys.readouterr().out
+    image, clips = (weights(tmp_path / run, step) for run, step in (("image", 2), ("tuned", 1)))
+    kernel = image["encoder.patch_embed.proj.weight"] / 2
+    assert torch.equal(clips["patch_embed.proj.weight"], torch.cat([kernel, kernel], dim=2))
+    with pytest.raises(SystemExit):
+        run(classes, tmp_path / "other", *flags, "--model.cube", 2, 16, 16)
+    assert "has patches of 8x8 pixels, the model's cubes have 16x16" in capsys.readouterr().err
+
+
 def test_frames_for_erasing_are_normalised_as_the_weights_were_trained(classes, tmp_path):
     torch.manual_seed(0)
     source = videomae.classifier("vit_tiny", num_classes=3, frames=4, image_size=16, cube=(2, 8, 8), init_scale=30)

@@ -1,5 +1,7 @@
 """The estimate of a step's memory, held against what a step on tensors without data allocates."""
 
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
 from unittest.mock import patch
@@ -168,6 +170,65 @@ def test_recomputing_more_needs_less():
     assert peaks == sorted(peaks, reverse=True)
     assert peaks[1] < 0.75 * peaks[0]
     assert peaks[3] < 0.3 * peaks[0]
+
+
+def test_of_spread_weights_a_process_has_a_share():
+    numbers, blocks = 94_210_944, 2 * 4 * 12 * 768**2
+    rests = numbers * 12 // 8 + numbers * 4 + blocks
+    # no clip: what is there at the end of a step, or of its model's forward
+    assert estimate(base(bytes_each=4, spread_over=8), 0).peak == rests + numbers * 4 // 8
+    assert estimate(base(spread_over=8), 0).peak == rests + numbers * 2
+    # whole gradients are added up
+    assert estimate(base(bytes_each=4, spread_over=8, accumulates=True), 0).peak == rests + numbers * 4
+    assert estimate(base(bytes_each=4), 0).peak == numbers * 16
+    assert estimate(base(spread_over=1024), 256).peak < estimate(base(spread_over=8), 256).peak
+
+
+SPREAD = """
+import sys
+import torch
+from torch import distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
+import videomae
+from train.objective import PretrainObjective
+from train.sharding import shard
+
+processes, parts, recompute = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+distributed.init_process_group("fake", rank=0, world_size=processes, store=FakeStore())
+model = videomae.pretrain_model("vit_base", frames=4, image_size=64, decoder_depth=4)
+videomae.blocks.set_recompute(model, recompute)
+shard(model, torch.device("cpu"))
+objective = PretrainObjective(model, "tube", 0.75, autocast=torch.bfloat16)
+frames = torch.zeros(1, 4, 64, 64, 3, dtype=torch.uint8)
+
+def step():
+    for part in range(parts):
+        model.set_requires_gradient_sync(part + 1 == parts)
+        objective(frames, torch.zeros(1, dtype=torch.int64)).backward()
+    model.zero_grad(set_to_none=True)
+
+step()
+with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    step()
+now = peak = 0
+events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+for event in sorted(events, key=lambda event: event.start_ns()):
+    now += event.nbytes()
+    peak = max(peak, now)
+print(peak)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("parts", "recompute"), [(1, "block"), (2, "none")])
+def test_is_within_eight_percent_of_what_spread_weights_add_to_a_step(parts, recompute):
+    """One of eight processes whose messages arrive nowhere, on a CPU: its memory is the same."""
+    words = [sys.executable, "-c", SPREAD, "8", str(parts), recompute]
+    measured = int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    geometry, numbers = Input(frames=4, image_size=64), 94_210_944
+    work = Workload(SIZES["vit_base"], geometry, counts("tube", geometry.grid, 0.75), 4, numbers, recompute)
+    work = replace(work, accumulates=parts > 1, spread_over=8)
+    assert estimate(work, 1).peak - numbers * 12 // 8 - numbers * 4 == pytest.approx(measured, rel=0.08)
 
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not():

@@ -64,7 +64,8 @@ def test_says_what_the_grey_is(normalized):
 
 @pytest.mark.parametrize(("measure", "says"), [("val_map", "mean average precision, %"), ("val_top1", "accuracy, %")])
 def test_the_curves_axis_says_what_is_measured(measure, says, tmp_path, monkeypatch):
-    (tmp_path / "evaluations.jsonl").write_text(json.dumps({"step": 1, measure: 50.0}) + "\n")
+    # a full disk took half a line
+    (tmp_path / "evaluations.jsonl").write_text(json.dumps({"step": 1, measure: 50.0}) + '\n{"step": 2, "va')
     drawn = []
     # the picture itself is not looked at
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))

@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from train.distributed import World
 from train.finetune_recipes import FINETUNE
 from train.machine import free_memory, pick_device
 from train.memory import Workload, estimate
-from train.plan import finetune_workload, main, plan_batch
+from train.plan import finetune_workload, main, plan_batch, workload
+from train.pretrain import Pretraining
+from train.recipes import PRETRAIN, build
+from train.run import _plan
 from videomae.blocks import RECOMPUTE
 from videomae.data.mix import Erasing
 from videomae.data.pool import available_cpus
@@ -60,6 +64,28 @@ def test_parts_no_group_of_clips_that_are_mixed(clips, together, most, micro):
         plan_batch(clips, WORK, budget=0, together=together, micro_batch=together // 2)
     with pytest.raises(ValueError, match="cannot be mixed in groups"):
         plan_batch(clips + 2, WORK, budget=budget, together=together)
+
+
+def test_spread_weights_leave_room_for_more_clips_at_a_time(monkeypatch):
+    config = PRETRAIN["k400-base-800"]()
+    config = replace(config, batch_size=256, model=replace(config.model, recompute="block"))
+    with torch.device("meta"):
+        model = build(config.model)
+    shared = replace(workload(config, 94_210_944, "bfloat16"), spread_over=8)
+    monkeypatch.setattr("train.run.memory_budget", lambda *_: estimate(shared, 32).peak)
+
+    def plan(parallel):
+        verb = Pretraining(replace(config, parallel=parallel))
+        return _plan(verb, model, torch.device("cuda"), "bfloat16", World(0, 8), None)
+
+    spread, whole = plan("fsdp"), plan("ddp")
+    assert (spread.micro_batch, spread.accumulation, spread.fits) == (32, 1, True)
+    assert spread.peak_bytes == estimate(shared, 32).peak
+    # 12 bytes a parameter instead of 12 / 8 + 4, and two blocks
+    saved = 94_210_944 * (12 - 1.5 - 4) - 2 * 4 * 12 * 768**2
+    assert estimate(replace(shared, spread_over=0), 32).peak - spread.peak_bytes == pytest.approx(saved, abs=2)
+    assert whole.micro_batch < 32
+    assert whole.accumulation > 1
 
 
 def test_fine_tuning_counts_pixels_that_were_normalised_and_an_average_of_the_weights():

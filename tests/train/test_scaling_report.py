@@ -3,13 +3,18 @@
 import os
 import re
 import shlex
+import signal
+import socket
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from torch.distributed.run import get_args_parser
 
+from tests.fault_runs import make_videos, newest
+from tests.runs import FAST, metrics, wait_for
 from train.cli import parse
 from train.plan import forecast, main, workload
 from train.recipes import PRETRAIN, PretrainData
@@ -87,7 +92,9 @@ def test_knows_every_gpu(gpu):
 
 def test_fsdp_takes_less_memory_and_more_of_the_network():
     ddp, fsdp = (printed(f"--gpus 64 --parallel {name}", "k400-huge-1600") for name in ("ddp", "fsdp"))
-    assert figures(fsdp, "memory")[0] < figures(ddp, "memory")[0] - 7
+    # weights, moments and gradients: 16 bytes of 692 million; and the whole model that the first process keeps
+    assert figures(ddp, "memory")[0] == pytest.approx(11.1, abs=0.1)
+    assert figures(fsdp, "memory")[0] == pytest.approx(2.8 + 11.1 / 64 + 2.2, abs=0.2)
     sent = [figures(lines, "network")[1] for lines in (ddp, fsdp)]
     assert sent[1] == pytest.approx(1.5 * sent[0], abs=0.1)
 
@@ -171,7 +178,8 @@ def test_counts_views_among_what_is_shared():
     ("line", "changes", "message"),
     [
         ("--gpus 1 --parallel fsdp", {}, "over several GPUs"),
-        ("--gpus 8", {"engine": "graph"}, "--engine graph runs on one GPU"),
+        ("--gpus 8", {"engine": "graph"}, "--engine graph captures a step whose gradients stay in one process"),
+        ("--gpus 8 --parallel fsdp", {"engine": "compile"}, "use eager, or ddp"),
         ("--gpus 8", {"precision": "float32"}, "give --clips-per-second"),
     ],
 )
@@ -214,7 +222,50 @@ def test_the_page_s_script_is_queued_again_when_it_was_stopped(tmp_path, code, s
         (tmp_path / name).chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SECONDS": str(seconds)}
     environment |= {"SLURM_JOB_ID": "7", "SLURM_NNODES": "8", "SLURM_CPUS_PER_TASK": "112", "SLURM_JOB_NODELIST": "a"}
+    subprocess.run(["bash", "-n"], input=script(), check=True, text=True)
     done = subprocess.run(["bash", "-u"], input=script(), env=environment, capture_output=True, text=True)
     asked = tmp_path / "asked"
     assert done.returncode == code, done.stderr
     assert (asked.read_text() if asked.exists() else "") == ("requeue 7\n" if queued else "")
+
+
+@pytest.mark.long
+def test_the_page_s_script_saves_is_queued_again_and_goes_on(tmp_path):
+    """Two processes of one machine; srun starts what it is given, whose number scontrol's stand-in does not need."""
+    videos, out, asked = make_videos(tmp_path / "videos"), tmp_path / "run", tmp_path / "asked"
+    stands = {
+        "srun": f'shift; echo $$ > {tmp_path}/task; exec "$@"',
+        "scontrol": f'[ "$1" = show ] && echo localhost || echo "$@" >> {asked}',
+        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+    }
+    for name, line in stands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    body = script().replace("k400-base-800 --data /shared/k400-prepared --out /shared/runs/b", '"${RUN[@]}"')
+    body = body.replace("--nproc-per-node 8", "--nproc-per-node 2").replace("$first:29500", f"$first:{port}")
+
+    def queue(count, steps):
+        flags = {"log.every": 1, "data": videos, "out": out, "steps": steps}
+        run = shlex.join(["demo", *FAST.split(), *(f"--{name}={value}" for name, value in flags.items())])
+        slurm = {"JOB_ID": "7", "NNODES": "1", "CPUS_PER_TASK": "2", "JOB_NODELIST": "localhost"}
+        slurm |= {"RESTART_COUNT": str(count)} if count else {}
+        environment = {f"SLURM_{name}": value for name, value in slurm.items()}
+        environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SECONDS": "700", "OMP_NUM_THREADS": "1"}
+        words = ["bash", "-uc", f"RUN=({run})\n{body}"]
+        with open(tmp_path / f"log{count}", "w") as log:
+            return subprocess.Popen(words, env={**os.environ, **environment}, stdout=log, stderr=log)
+
+    first = queue(0, 100_000)
+    wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) > 3)
+    os.kill(int((tmp_path / "task").read_text()), signal.SIGTERM)
+    assert first.wait(60) == 1
+    assert asked.read_text() == "requeue 7\n"
+    done = newest(out)
+    assert done == metrics(out)[-1]["step"]
+    assert queue(1, done + 4).wait(120) == 0
+    assert f"resuming  at step {done}" in (tmp_path / "log1").read_text()
+    assert newest(out) == done + 4
+    assert asked.read_text() == "requeue 7\n"

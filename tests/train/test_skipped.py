@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from train.skipped import Skipped, TooManyUnreadable
+from train.skipped import Skipped, TooManyUnreadable, merge_parts, part_of
 from videomae.data.dataset import Sample
 from videomae.data.loader import Skip
 
@@ -33,6 +33,19 @@ def test_writes_each_skip_once_and_replays_those_before_the_resumed_step(tmp_pat
     assert len(path.read_text().splitlines()) == 2
     # skips of steps that are done again are forgotten: the video may have been mended since
     assert Skipped(path, PATHS, 8).known == {Sample(0, 3, 0): "damaged"}
+
+
+def test_a_record_and_parts_that_were_cut_short_become_one(tmp_path):
+    path = tmp_path / "skipped.jsonl"
+    for rank in (0, 1, 2):
+        Skipped(path, PATHS, 0, rank).see([Sample(0, rank, 0)], [skip(rank)], step=1 + rank)
+    # one that was merged, and not removed before a kill
+    again = part_of(path, 1).read_text()
+    with path.open("a") as file:
+        file.write(again + '{"step": 3, "ep')
+    merge_parts(path, 3)
+    assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 1, 2]
+    assert [file.name for file in tmp_path.iterdir()] == ["skipped.jsonl"]
 
 
 @pytest.mark.parametrize(

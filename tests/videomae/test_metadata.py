@@ -165,6 +165,17 @@ def test_files_from_before_they_were_written_still_load(path):
     assert (mine.classes, mine.input.sampling) == (NAMES, UNIFORM)
 
 
+@pytest.mark.parametrize("normalized", [True, False, None])
+def test_what_pretraining_predicts_comes_back_in_both_formats(normalized, tmp_path):
+    model = videomae.pretrain_model("vit_tiny", frames=2, image_size=16, cube=(2, 8, 8), decoder_depth=1)
+    model.normalized = normalized
+    save_weights(model, tmp_path / "ours.safetensors")
+    save_hugging_face(model, tmp_path / "theirs")
+    assert model_from(tmp_path / "ours.safetensors")[0].normalized is normalized
+    # transformers takes it as normalised where nothing is said
+    assert model_from(tmp_path / "theirs")[0].normalized is (normalized is not False)
+
+
 def test_pretraining_keeps_its_sampling_in_encoder_and_decoder(tmp_path):
     source = videomae.pretrain_model("vit_tiny", decoder_depth=1, **PARTS)
     adopt(source, Stated(sampling=DENSE))

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kernels.launch import check
+from videomae.command_line import Parser, run_main
 from videomae.data.annotation_files import (
     OFFICIAL_CLASSES,
     Annotations,
@@ -35,6 +36,7 @@ from videomae.data.check_list import write_list
 from videomae.data.dataset import find_videos
 from videomae.data.labelled import CLASSES
 from videomae.data.prepare_sample import write_text
+from videomae.wording import counted
 
 _MISSING = "missing.txt"
 _SHOWN = 3  # examples of what is wrong
@@ -145,10 +147,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "videomae.data.annotations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser("videomae.data.annotations", (__doc__ or "").strip())
+    parser.add_argument(
+        "name", metavar="NAME", choices=tuple(OFFICIAL_CLASSES), help="the data set; Kinetics may be 400, 600 or 700"
     )
-    parser.add_argument("name", choices=tuple(OFFICIAL_CLASSES), help="the data set; kinetics: 400, 600 or 700")
     parser.add_argument("annotations", metavar="ANNOTATIONS", type=Path, help="the folder of the official files")
     parser.add_argument("videos", metavar="VIDEOS", type=Path, help="the folder of the videos")
     parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="the folder for the lists")
@@ -232,7 +234,7 @@ def _summary(name: str, annotations: Annotations, found: Found, num_files: int) 
     """A line of counts for each split, and what is wrong, with examples."""
     rows = [("split", "named", "written", "missing")]
     rows += [(s, f"{m.num_named:,}", f"{len(m.paths):,}", f"{len(m.missing):,}") for s, m in found.splits.items()]
-    lines = [f"{name}: {len(annotations.classes)} classes; {num_files:,} files", ""]
+    lines = [f"{name}: {counted(len(annotations.classes), 'class')}; {counted(num_files, 'file')}", ""]
     lines += ["".join((row[0].ljust(18), *(cell.rjust(12) for cell in row[1:]))) for row in rows]
     wrong = {
         "missing": [one for matched in found.splits.values() for one in matched.missing],
@@ -260,4 +262,4 @@ def _odd_count(name: str, annotations: Annotations) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

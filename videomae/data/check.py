@@ -32,13 +32,15 @@ from typing import Any
 from tqdm import tqdm
 
 from kernels.launch import check
+from videomae.command_line import Parser, run_main
 from videomae.data.check_file import Examined, Examiner, Hash, Look, Search
 from videomae.data.check_list import write_list
 from videomae.data.check_report import Entry, Report
-from videomae.data.dataset import SUFFIXES, VideoList, find_videos
+from videomae.data.dataset import ROOT_HELP, SUFFIXES, VideoList, find_videos
 from videomae.data.pool import Outcome, available_cpus, perform_all
 from videomae.data.shards import is_prepared
 from videomae.data.storage import is_url
+from videomae.wording import counted
 
 _SLOWEST = 20e6  # bytes a second that any storage gives: a large file may take longer to hash than the time limit
 
@@ -160,7 +162,7 @@ def _judge(path: str, label: int | None, one: Examined, twins: dict[str, tuple[s
         return Entry(path, label, "cut short", f"{there:.1f} of {promised:.1f} seconds are there", one)
     wanted = limits.frames * limits.stride
     if one.frames < wanted:
-        return Entry(path, label, "repeats frames", f"{one.frames} frames, a clip spans {wanted}", one)
+        return Entry(path, label, "repeats frames", f"{counted(one.frames, 'frame')}, a clip spans {wanted}", one)
     return Entry(path, label, "ok", None, one)
 
 
@@ -189,30 +191,29 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "videomae.data.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    cores = available_cpus()
+    parser, cores = Parser("videomae.data.check", (__doc__ or "").strip()), available_cpus()
     parser.add_argument("path", metavar="PATH", help="a folder, a list file, a prepared set or a video")
-    parser.add_argument("--frames", type=int, default=16, help="frames of a clip (16)")
-    parser.add_argument("--stride", type=int, default=4, help="frames from one of them to the next (4)")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds that a file may take (60)")
-    parser.add_argument("--workers", type=int, default=cores, help=f"processes (the cores there are: {cores})")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found")
-    parser.add_argument(
-        "--write-clean-list", type=Path, metavar="FILE", help="write a list of the files that are good, first copies"
-    )
+    parser.add_argument("--root", metavar="DIR", help=ROOT_HELP)
+    add = parser.add_argument_group("the clips that are to be read").add_argument
+    add("--frames", type=int, default=16, help="frames of a clip (16)")
+    add("--stride", type=int, default=4, help="frames from one of them to the next (4)")
+    add = parser.add_argument_group("the work").add_argument
+    add("--timeout", type=float, default=60.0, help="seconds that a file may take (60)")
+    add("--workers", type=int, default=cores, help=f"processes (the cores there are: {cores})")
+    add = parser.add_argument_group("what is written").add_argument
+    add("--json", type=Path, metavar="FILE", help="what was found")
+    add("--write-clean-list", type=Path, metavar="FILE", help="a list of the files that are good, first copies")
     return parser
 
 
 def _run(options: argparse.Namespace) -> int:
     limits = Limits(options.frames, options.stride, options.timeout, options.workers)
-    videos, what, beside = _find(options.path)
+    videos, what, beside = _find(options.path, options.root)
     _check_targets(options)
     if options.write_clean_list:
         check(what != "a prepared set", "a list cannot name videos of a prepared set; check what it was made from")
     print(
-        f"checking  {options.path}: {what} of {len(videos):,} videos; {limits.workers} workers, "
+        f"checking  {options.path}: {what} of {counted(len(videos), 'video')}; {counted(limits.workers, 'worker')}, "
         f"at most {limits.timeout:g} s for each file\n",
         flush=True,
     )
@@ -226,16 +227,21 @@ def _run(options: argparse.Namespace) -> int:
     return 0 if report.is_good else 1
 
 
-def _find(source: str) -> tuple[VideoList, str, str | None]:
+def _find(source: str, root: str | None) -> tuple[VideoList, str, str | None]:
     """The videos, what kind of source it is, and the folder of a list."""
     check(source != "", "no path to check")
     path = Path(source).expanduser()
     if is_url(source) or is_prepared(path):
-        return find_videos(source), "a prepared set", None
+        return find_videos(source, root), "a prepared set", None
     if path.suffix.lower() in SUFFIXES and path.exists() and not path.is_dir():
+        check(root is None, f"--root is for lists; {source} is a video")
         return VideoList((os.path.abspath(path),)), "a file", None
-    videos = find_videos(path)
-    return (videos, "a folder", None) if path.is_dir() else (videos, "a list", str(path.parent.resolve()))
+    videos = find_videos(path, root)
+    return (
+        (videos, "a folder", None)
+        if path.is_dir()
+        else (videos, "a list", str(Path(root or path.parent).expanduser().resolve()))
+    )
 
 
 def _check_targets(options: argparse.Namespace) -> None:
@@ -262,8 +268,8 @@ def _write_clean(target: Path, report: Report, labelled: bool) -> None:
         return
     labels = [entry.label for entry in good if entry.label is not None]
     write_list(target, [entry.path for entry in good], labels if labelled else None)
-    print(f"clean list: {target}, {len(good):,} videos")
+    print(f"clean list: {target}, {counted(len(good), 'video')}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

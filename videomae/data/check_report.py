@@ -11,6 +11,7 @@ from typing import Any
 
 from videomae.data.check_file import Examined
 from videomae.weight_files import write_atomically
+from videomae.wording import counted
 
 # the kinds of findings, in the order they are printed: what makes the command fail, and what is only said
 WRONG = ("missing", "unreadable", "too short", "duplicate")
@@ -77,7 +78,7 @@ class Report:
         wrong = len(self.entries) - good
         rate = self.files_read / max(self.seconds, 1e-9)
         verdict = "nothing wrong" if not wrong else f"{wrong:,} wrong"
-        speed = f"{self.files_read:,} files read in {self.seconds:.0f} s, {rate:.1f} a second"
+        speed = f"{counted(self.files_read, 'file')} read in {self.seconds:.0f} s, {rate:.1f} a second"
         return "\n".join([*lines, "", f"{good:,} good, {verdict}; {speed}"])
 
     @property

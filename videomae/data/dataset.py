@@ -19,6 +19,8 @@ SUFFIXES = frozenset(
     (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp", ".ogv")
 )
 
+ROOT_HELP = "of a list: the folder that its paths start from and may not leave; without it a list may name any file"
+
 # what a draw is for: the last number of its key
 ORDER, FRAMES, CROP, MASK, AUGMENT, BOXES = range(6)
 
@@ -57,26 +59,30 @@ class VideoList:
         return hashlib.sha256("\n".join(self.paths).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def find_videos(source: str | Path) -> VideoList:
+def find_videos(source: str | Path, root: str | Path | None = None) -> VideoList:
     """The videos of a folder (searched to the bottom, in sorted order), of a list file, or of a prepared set: its
     folder, or its URL (`s3://...`).
 
     A list has one video a line: `path label`, `path`, or VideoMAE V2's `path 0 -1`. Paths may hold spaces, are relative
-    to the list's folder, and get `.mp4` where their name has no dot. Raises ValueError when there is no such thing, or
-    no video in it.
+    to the list's folder, and get `.mp4` where their name has no dot. A list may name any file, as published ones do.
+
+    root: for lists, the folder that paths are relative to, and that none of them may leave: by `..` or in full; its
+    symbolic links may. Raises ValueError when there is no such thing, or no video in it.
     """
     check(str(source) != "", "no path to look for videos in")
     if storage.is_url(str(source)) or shards.is_prepared(Path(source).expanduser()):
+        check(root is None, f"a root is for lists; {source} is none")
         return _prepared(str(source))
     source = Path(source).expanduser()
     if source.is_dir():
+        check(root is None, f"a root is for lists; {source} is a folder")
         found, notes = _walk(source.resolve())
         check(len(found) > 0, f"no videos in {source} (looked for {' '.join(sorted(SUFFIXES))})")
         return VideoList(tuple(sorted(found)), notes=tuple(notes))
     check(source.exists(), f"no such file or folder: {source}")
     check(source.is_file() or source.is_fifo(), f"{source} is neither a folder nor a list of videos")
     check(source.suffix.lower() not in SUFFIXES, f"{source} is a video; give its folder, or a list of videos")
-    return _read_list(source)
+    return _read_list(source, None if root is None else Root.of(root))
 
 
 def _prepared(root: str) -> VideoList:
@@ -104,19 +110,56 @@ def _walk(root: Path) -> tuple[list[str], list[str]]:
     return found, notes
 
 
-def _read_list(source: Path) -> VideoList:
+@dataclass(frozen=True)
+class Root:
+    """The folder that a list's paths must stay in: as it was given, and without symbolic links."""
+
+    given: str
+    real: str
+
+    @classmethod
+    def of(cls, root: str | Path) -> "Root":
+        """Raises ValueError where it is no folder."""
+        given = os.path.abspath(Path(root).expanduser())
+        check(str(root) != "" and os.path.isdir(given), f"the root of a list must be a folder; {root!s} is none")
+        return cls(given, os.path.realpath(given))
+
+    def place(self, path: str) -> str | None:
+        """The path in full, without `..`: the name that was looked at is the one that is opened. None for one
+        outside."""
+        # no Path: for 250,000 lines that takes seconds
+        full = os.path.normpath(os.path.join(self.real, path))
+        return full if full.startswith((os.path.join(self.real, ""), os.path.join(self.given, ""))) else None
+
+    def refusal(self, path: str) -> str:
+        return f"{path} lies outside of the root, {self.given}"
+
+
+def _read_list(source: Path, root: Root | None) -> VideoList:
     try:
         lines = source.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{source} is no list of videos: not text ({error.reason})") from error
-    folder = source.parent.resolve()
-    entries = [_parse_line(line.strip(), f"{source}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+    rows = [(line.strip(), f"{source}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+    entries = [_parse_line(*row) for row in rows]
     check(len(entries) > 0, f"no videos in {source}: the list is empty")
     labels = [label for _, label in entries]
     labelled = sum(label is not None for label in labels)
     check(labelled in (0, len(labels)), f"{source}: {labelled} of {len(labels)} lines have a label; all must, or none")
-    paths = tuple(str(folder / (path if "." in os.path.basename(path) else f"{path}.mp4")) for path, _ in entries)
+    names = [path if "." in os.path.basename(path) else f"{path}.mp4" for path, _ in entries]
+    if root is None:
+        folder = source.parent.resolve()
+        paths = tuple(str(folder / name) for name in names)
+    else:
+        paths = tuple(_placed(root, name, where) for name, (_, where) in zip(names, rows, strict=True))
     return VideoList(paths, tuple(label for label in labels if label is not None) if labelled else None)
+
+
+def _placed(root: Root, path: str, where: str) -> str:
+    found = root.place(path)
+    if found is None:
+        raise ValueError(f"{where}: {root.refusal(path)}")
+    return found
 
 
 def _parse_line(line: str, where: str) -> tuple[str, int | None]:

@@ -17,7 +17,7 @@ from kernels.launch import check
 from videomae.data.annotated_boxes import Annotated, check_boxes, read_annotated, read_boxes, some
 from videomae.data.ava import Detected
 from videomae.data.box_rows import BoxRows, line_of
-from videomae.data.dataset import VideoList
+from videomae.data.dataset import Root, VideoList
 from videomae.data.moments import Timing
 from videomae.data.movies import Movie, find_movies, look_at
 
@@ -286,8 +286,9 @@ def _find_movies(
     if annotated.ava is not None:
         paths, places = find_movies(annotated.home, videos, seconds)
     else:
-        root = annotated.home if videos is None else Path(videos).expanduser().resolve()
-        paths, places = _own_paths(root, seconds), [root]
+        root = None if videos is None else Root.of(videos)
+        home = annotated.home if root is None else Path(root.real)
+        paths, places = _own_paths(home, root, rows, dict(zip(seconds, first, strict=True))), [home]
     missing = [name for name in seconds if name not in paths]
     where = " or ".join(map(str, places)) or f"folders of movies beside {annotated.file}"
     first_of = dict(zip(seconds, first, strict=True))
@@ -299,11 +300,15 @@ def _find_movies(
     return movies
 
 
-def _own_paths(root: Path, names: Mapping[str, float]) -> dict[str, str]:
-    """Of the videos that are there; `.mp4` is understood where a name has no dot, as in lists of videos."""
+def _own_paths(home: Path, root: Root | None, rows: _Rows, first: Mapping[str, int]) -> dict[str, str]:
+    """Of the videos that are there; `.mp4` is understood where a name has no dot, as in lists of videos. first: a row
+    of each by name. Raises ValueError for one outside of the root."""
     found = {}
-    for name in names:
-        path = os.path.join(root, name)
+    for name, row in first.items():
+        path = os.path.join(home, name) if root is None else root.place(name)
+        if path is None:
+            assert root is not None
+            raise ValueError(f"{rows.where(row)}: {root.refusal(name)}")
         if "." not in os.path.basename(name) and not os.path.isdir(path):
             path += ".mp4"
         if "::" in path or os.path.exists(path):

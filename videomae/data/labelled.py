@@ -59,7 +59,11 @@ class LabelledVideos:
 
 
 def find_labelled(
-    source: str | Path, split: str = "train", *, like: LabelledVideos | Sequence[str] | None = None
+    source: str | Path,
+    split: str = "train",
+    *,
+    like: LabelledVideos | Sequence[str] | None = None,
+    root: str | Path | None = None,
 ) -> LabelledVideos:
     """The labelled videos of one split: "train", "val", "test" or a name of one's own.
 
@@ -70,12 +74,13 @@ def find_labelled(
 
     like: the training set, or only its classes. Class folders are numbered by it, as a split may lack a class; a
     list's own names must be the same, in its order. A split must not be the training set itself; videos in both are
-    noted. Raises ValueError, also for a video without a label; NoSplit when there is no such split.
+    noted. root: of lists, as in `find_videos`. Raises ValueError, also for a video without a label; NoSplit when there
+    is no such split.
     """
     check(str(source) != "", "no path to look for labelled videos in")
     names = like.classes if isinstance(like, LabelledVideos) else None if like is None else tuple(like)
     home = str(source) if storage.is_url(str(source)) else str(Path(source).expanduser())
-    found = _with_note_of_empty(_find(home, split, names), split)
+    found = _with_note_of_empty(_find(home, split, names, root), split)
     return _apart(found, like, home, split) if isinstance(like, LabelledVideos) else found
 
 
@@ -95,7 +100,9 @@ def read_classes(path: str | Path) -> tuple[str, ...]:
     return names
 
 
-def _find(home: str, split: str, names: tuple[str, ...] | None) -> LabelledVideos:
+def _find(home: str, split: str, names: tuple[str, ...] | None, root: str | Path | None) -> LabelledVideos:
+    is_set = storage.is_url(home) or shards.is_prepared(Path(home))
+    check(root is None or not is_set, f"a root is for lists; {home} is none")
     if storage.is_url(home):
         return _at_url(home, split, names)
     folder = Path(home)
@@ -106,13 +113,13 @@ def _find(home: str, split: str, names: tuple[str, ...] | None) -> LabelledVideo
             raise NoSplit(
                 f"{home} is the training list; give its folder if that has {split}.csv, or the list of {split}"
             )
-        return _numbered(home, find_videos(folder), names, str(folder.parent))
+        return _numbered(home, find_videos(folder, root), names, str(folder.parent))
     found = [name for name in ("train", "val", "test", split) if _list_or_folder(folder, name) is not None]
     for name in _SERVES.get(split, (split,)):
         if name in found:
             place = _list_or_folder(folder, name)
             assert place is not None
-            return _with_note(_in_split(place, split, names), home, split, name)
+            return _with_note(_in_split(place, split, names, root), home, split, name)
     shown = " and ".join(str(_list_or_folder(folder, name)) for name in found)
     if found:
         raise NoSplit(f"no {split}.csv in {home}, and no {split}/ of class folders: there is {shown}")
@@ -120,7 +127,7 @@ def _find(home: str, split: str, names: tuple[str, ...] | None) -> LabelledVideo
         raise NoSplit(
             f"no {split} videos in {home}: add {split}.csv (`path label` a line) or {split}/ of class folders"
         )
-    return _in_class_folders(folder, names, folder)
+    return _in_class_folders(folder, names, root, folder)
 
 
 def _list_or_folder(folder: Path, split: str) -> Path | None:
@@ -133,12 +140,13 @@ def _list_or_folder(folder: Path, split: str) -> Path | None:
     return None
 
 
-def _in_split(place: Path, split: str, names: tuple[str, ...] | None) -> LabelledVideos:
+def _in_split(place: Path, split: str, names: tuple[str, ...] | None, root: str | Path | None) -> LabelledVideos:
     if place.is_file():
-        return _numbered(str(place), find_videos(place), names, str(place.parent))
+        return _numbered(str(place), find_videos(place, root), names, str(place.parent))
     if shards.is_prepared(place):
+        check(root is None, f"a root is for lists; {place} is none")
         return _prepared(str(place.resolve()), split, names, str(place.parent))
-    return _in_class_folders(place, names, place, place.parent)
+    return _in_class_folders(place, names, root, place, place.parent)
 
 
 def _at_url(url: str, split: str, names: tuple[str, ...] | None) -> LabelledVideos:
@@ -194,8 +202,10 @@ def _numbered(source: str, videos: VideoList, names: tuple[str, ...] | None, *fo
     return LabelledVideos(videos, names)
 
 
-def _in_class_folders(folder: Path, names: tuple[str, ...] | None, *beside: Path) -> LabelledVideos:
-    videos = find_videos(folder)
+def _in_class_folders(
+    folder: Path, names: tuple[str, ...] | None, root: str | Path | None, *beside: Path
+) -> LabelledVideos:
+    videos = find_videos(folder, root)
     start = len(str(folder.resolve()).rstrip("/")) + 1
     inside = [path[start:] for path in videos.paths]
     found = _by_folder(str(folder), videos, inside, names or _named(*map(str, beside)))

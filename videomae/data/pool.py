@@ -60,7 +60,8 @@ class Answer(NamedTuple):
 # a job's SIGTERM and a terminal's Ctrl-C are ignored from the first line on: the parent decides when its workers stop
 _START = """
 import signal
-signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_IGN)
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, signal.SIG_IGN)
 from videomae.data.worker import main
 main(*{arguments})
 """

@@ -26,13 +26,15 @@ import av
 from tqdm import tqdm
 
 from kernels.launch import check
-from videomae.data.dataset import find_videos
+from videomae.command_line import Parser, run_main
+from videomae.data.dataset import ROOT_HELP, find_videos
 from videomae.data.labelled import CLASSES
 from videomae.data.pool import Outcome, available_cpus, perform_all
 from videomae.data.prepare_estimate import check_space, estimate, gigabytes
 from videomae.data.prepare_sample import Encoding, Preparing, Task, refuse, write_text
 from videomae.data.prepare_set import Plan, finish, join, keys_of, locked, source_names, sweep, undone
 from videomae.data.shards import is_prepared
+from videomae.wording import counted
 
 _NAMED = 20  # refused videos in the report
 _SAY_EVERY = 30.0  # seconds, where no bar is drawn
@@ -68,22 +70,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "videomae.data.prepare",
-        description="Make a set that loads fast of the videos in a folder or list. Killed, it goes on with the same "
-        "command; a finished set is left as it is.",
+        "Make a set that loads fast of the videos in a folder or list. Killed, it goes on with the same\ncommand; a "
+        "finished set is left as it is.",
+        example="python -m videomae.data.prepare k400/train.csv k400-prepared",
     )
     add = parser.add_argument
     add("source", metavar="IN", help="a folder of videos, or a list: `path label` or `path` a line")
     add("out", metavar="OUT", type=Path, help="the set's folder")
+    add("--root", metavar="DIR", help=ROOT_HELP)
+    add = parser.add_argument_group("what is stored").add_argument
     add("--short-side", type=int, default=256, metavar="PIXELS", help="of the stored frames; smaller stay (256)")
     add("--stride", type=int, default=4, metavar="S", help="the clips' frame stride: its frames lie together (4)")
     add("--phases", choices=("all", "first"), default="all", help="keep every frame (default), or each S-th only")
     add("--codec", choices=("h264-fast", "jpeg"), default="h264-fast", help="small (default), or fastest to decode")
     add("--crf", type=int, default=23, metavar="C", help="h264-fast: lower is better and larger (23)")
     add("--jpeg-quality", type=int, default=85, metavar="Q", help="higher is better and larger (85)")
+    add = parser.add_argument_group("how it lies there").add_argument
     add("--layout", choices=("shards", "files"), default="shards", help="tar shards (default), or files/")
     add("--shard-videos", type=int, default=256, metavar="N", help="videos in a shard (256)")
+    add = parser.add_argument_group("the work").add_argument
     add("--workers", type=int, default=available_cpus(), metavar="N", help="processes (one for each core)")
     add("--timeout", type=float, default=600, metavar="SECONDS", help="for one video; then it is refused (600)")
     add("--shard", default="0/1", metavar="i/n", help="one of n jobs on one OUT: shards i, i + n, ..., from 0 on")
@@ -135,7 +142,8 @@ def _prepare(options: argparse.Namespace) -> int:
     if finished:
         return _report(plan, time.monotonic() - started)
     done = sum(plan.is_done(shard) for shard in range(plan.num_shards))
-    print(f"part {part}/{parts} is done; {done} of {plan.num_shards} shards of the set are, the others' jobs remain")
+    of_all = counted(plan.num_shards, "shard")
+    print(f"part {part}/{parts} is done; {done} of {of_all} of the set are, the others' jobs remain")
     return 0
 
 
@@ -163,8 +171,9 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, int, int]:
     known = options.codec == "jpeg" or "libx264" in av.codecs_available
     check(known, "this build of PyAV has no libx264: install PyAV from its wheel, or use --codec jpeg")
     encoding = Encoding(**{field.name: getattr(options, field.name) for field in fields(Encoding)})
-    videos = find_videos(source)
-    names = source_names(videos, source if source.is_dir() else source.parent)
+    videos = find_videos(source, options.root)
+    home = source.parent if options.root is None else Path(options.root).expanduser().resolve()
+    names = source_names(videos, source if source.is_dir() else home)
     labels = videos.labels or [None] * len(videos)
     rows = zip(keys_of(names), videos.paths, names, labels, strict=True)
     tasks = tuple(Task(number, *row) for number, row in enumerate(rows))
@@ -190,7 +199,7 @@ def _work(plan: Plan, shards: Sequence[int], options: argparse.Namespace) -> Non
     if not tasks:
         return
     if len(tasks) < total:
-        print(f"going on: {total - len(tasks):,} of {total:,} videos are done", flush=True)
+        print(f"going on: {total - len(tasks):,} of {counted(total, 'video')} are done", flush=True)
     with _Progress(total, total - len(tasks)) as progress, closing(_settled(plan, tasks, options)) as settled:
         for task in settled:
             shard = task.number // plan.shard_videos
@@ -254,7 +263,10 @@ class _Progress:
             self._said = now
             rate = (self._done - self._begun) / (now - self._started)
             left = (self._total - self._done) / rate
-            print(f"{self._done:,} of {self._total:,} videos, {rate:.2g} a second, {_time(left)} left", flush=True)
+            print(
+                f"{self._done:,} of {counted(self._total, 'video')}, {rate:.2g} a second, {_time(left)} left",
+                flush=True,
+            )
 
 
 def _report(plan: Plan, seconds: float | None) -> int:
@@ -263,7 +275,7 @@ def _report(plan: Plan, seconds: float | None) -> int:
     refused = [json.loads(line) for line in (plan.out / "refused.jsonl").read_text().splitlines()]
     frames, size = sum(row["frames"] for row in rows), sum(row["size"] for row in rows)
     took = "" if seconds is None else f", in {_time(seconds)}"
-    print(f"{len(rows):,} videos of {frames:,} frames, {gigabytes(size)}{took}: {plan.out}")
+    print(f"{counted(len(rows), 'video')} of {counted(frames, 'frame')}, {gigabytes(size)}{took}: {plan.out}")
     if refused:
         _report_refused(plan, refused)
     if not rows:
@@ -297,4 +309,4 @@ def _shown(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

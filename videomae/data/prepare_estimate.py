@@ -16,6 +16,7 @@ from videomae.data.decode import Video
 from videomae.data.pool import perform_all
 from videomae.data.prepare_sample import Encoding, JpegStage, Stages, fit, member_bytes
 from videomae.data.shards import GOP
+from videomae.wording import counted
 
 _SAMPLED = 12  # videos
 _PATIENCE = 60.0  # seconds for one of them
@@ -63,10 +64,12 @@ class Estimate(NamedTuple):
 
     def table(self, chosen: Encoding, free: int) -> str:
         """For people; free: bytes on the set's disk."""
-        lines = [f"{self.videos:,} videos, {gigabytes(self.source)}; free where the set goes: {gigabytes(free)}"]
+        lines = [
+            f"{counted(self.videos, 'video')}, {gigabytes(self.source)}; free where the set goes: {gigabytes(free)}"
+        ]
         if self.bytes is None:
             return f"{lines[0]}\nno estimate: none of {self.sampled} sampled videos could be read"
-        lines.append(f"estimated from the first seconds of {self.sampled - self.unread} videos:")
+        lines.append(f"estimated from the first seconds of {counted(self.sampled - self.unread, 'video')}:")
         for choice, size in self.bytes.items():
             mark = "->" if choice == (chosen.codec, chosen.stride, chosen.phases) else "  "
             lines.append(f" {mark} {gigabytes(size):>9}   {choice}")

@@ -41,9 +41,9 @@ def pretrain_frames(num_frames: int, length: int, stride: int, start: int = 0) -
 class Sampling:
     """Which frames of a video make a clip for a classifier: `length` frame numbers, sorted, in [0, num_frames)."""
 
-    # dense: a window of length * stride frames; uniform: one frame of each of `length` equal parts of the video (TSN)
+    # dense: a window of the video; uniform: one frame from each equal part of it (TSN)
     kind: Literal["dense", "uniform"] = "dense"
-    stride: int = 4  # of dense
+    stride: int = 4  # of dense: frames of the video from one of the clip to the next
 
     def __post_init__(self) -> None:
         check(self.kind in ("dense", "uniform"), f"sampling.kind must be dense or uniform; got {self.kind!r}")
@@ -99,7 +99,7 @@ class Sampling:
 class KeyFrameClip:
     """How a detector sees the moment of a key frame: a clip with it in the middle (RECIPES H.2)."""
 
-    stride: int = 4
+    stride: int = 4  # frames of the video from one of the clip to the next
     # frames a second at which the video is seen, the nearest of its own; None: all that it has
     rate: float | None = 25.0
     short_side: int = 256  # pixels, of the frames in a test; training crops them

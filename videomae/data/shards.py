@@ -240,6 +240,8 @@ def _stored(locator: str) -> Stored:
             key, _, offset = name.rpartition("@")
             text, base = _json_in_tar(locator, home, key, int(offset))
         else:
+            # of a list's line it may be anything
+            check(_KEY.fullmatch(name) is not None, "no video of a prepared set has such a name")
             key, home, base = name, f"{home}/{name}", None
             text = _read(locator, f"{home}.json", 0, 1 << 26)
         facts = json.loads(text)
