@@ -83,9 +83,8 @@ def draw_reconstruction(
     cell_width, cell_height = round(width * scale), round(height * scale)
     slots = range(0, input.frames, input.cube[0])
     clip_height = len(rows) * (cell_height + _GAP) + 3 * _GAP
-    sheet = Image.new(
-        "RGB", (_LABEL_WIDTH + len(slots) * (cell_width + _GAP), 24 + len(made.original) * clip_height), "white"
-    )
+    sheet_width = max(_LABEL_WIDTH + len(slots) * (cell_width + _GAP), 2 * _GAP + round(font.getlength(title)))
+    sheet = Image.new("RGB", (sheet_width, 24 + len(made.original) * clip_height), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((_GAP, _GAP), title, fill="black", font=font)
     for b in range(len(made.original)):

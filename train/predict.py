@@ -6,11 +6,9 @@ VIDEO is a file or a folder of them. Views are those of `train.evaluate`: sample
 
 import argparse
 import json
-import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -22,9 +20,8 @@ from train.inference import Inference, Reading, read_views
 from train.predict_boxes import predict_boxes
 from train.shares import refuse_several
 from videomae.command_line import Parser, run_main
-from videomae.data.dataset import find_videos
+from videomae.data.dataset import find_named
 from videomae.data.readers import ViewReader
-from videomae.data.shards import is_locator
 from videomae.metrics import AVERAGES, average_views
 
 PROG = "python -m train.predict"
@@ -50,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _check(options)
             check((options.weights is None) != (options.detector is None), "give --weights, or --detector and --boxes")
             if options.detector is not None:
-                return predict_boxes(_find(options.videos)[0], options, PROG)
+                return predict_boxes(find_named(options.videos)[0], options, PROG)
             check(options.boxes is None, "--boxes are for a detector: --detector W in place of --weights")
             prepared = _prepare(options)
         unread = 0
@@ -109,7 +106,7 @@ def _prepare(options: argparse.Namespace) -> _Prepared:
     if options.views is not None:
         parse_views(options.views)
     asked = AskedSampling(options.kind, options.stride)
-    paths, step = _find(options.videos)
+    paths, step = find_named(options.videos)
     model, messages = read_classifier(options.weights)
     for message in messages:
         print(f"note: {message}", file=sys.stderr)
@@ -121,23 +118,6 @@ def _prepare(options: argparse.Namespace) -> _Prepared:
     if workers is None:
         workers = 0 if len(paths) <= _FEW else min(Reading().workers_for(inference.device), len(paths))
     return _Prepared(paths, reader, inference, classes, Reading(workers))
-
-
-def _find(sources: Sequence[str]) -> tuple[tuple[str, ...], int]:
-    """Every video, each once, and which frames of all can be read: 0, step, 2 step, ... ValueError for a folder without
-    one."""
-    paths: list[str] = []
-    step = 1
-    for source in sources:
-        check(source != "", "a video's name is empty")
-        path = Path(source).expanduser()
-        if path.is_dir():
-            found = find_videos(path)
-            paths += found.paths
-            step = max(step, found.step)
-        else:
-            paths.append(source if is_locator(source) else os.path.abspath(path))
-    return tuple(dict.fromkeys(paths)), step
 
 
 def _predictions(prepared: _Prepared, average: Any) -> Iterator[tuple[str, Tensor | str]]:

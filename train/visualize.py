@@ -5,7 +5,6 @@ and .mp4 (see reconstruction.py), with `--attention LAYER ...` of any weights at
 """
 
 import itertools
-import os
 import re
 import signal
 import sys
@@ -30,7 +29,7 @@ from train.reconstruction import Guess, draw_film, draw_sheet, guess
 from train.shares import refuse_several
 from videomae import masking
 from videomae.command_line import run_main
-from videomae.data.dataset import Sample, find_videos, mask_keys
+from videomae.data.dataset import Sample, find_named, mask_keys
 from videomae.data.decode import UnreadableVideo
 from videomae.data.sampling import Sampling
 from videomae.data.shards import is_locator
@@ -164,7 +163,7 @@ def _attempt(job: Job, path: str) -> int:
 
 def prepare(config: VisualizeConfig) -> Job:
     """Everything that can be refused before a video is looked at. Raises ValueError."""
-    folders = _folders(_find(config.videos), Path(config.out).expanduser())
+    folders = _folders(find_named(config.videos)[0], Path(config.out).expanduser())
     source = find_weights(config.weights)
     model, report = model_from(source)
     print(f"weights   {report}")
@@ -203,16 +202,6 @@ def _say(job: Job, known: Input, sampling: str) -> None:
         print(f"target    {'normalised pixels' if target.normalized else 'pixels'}: {target.source}{target.trained}")
     else:
         print("target    none: these weights have no decoder, so that only attention is drawn")
-
-
-def _find(sources: Sequence[str]) -> list[str]:
-    """Every video, each once. ValueError for a folder without one."""
-    paths: list[str] = []
-    for source in sources:
-        check(source != "", "a video's name is empty")
-        path = Path(source).expanduser()
-        paths += find_videos(path).paths if path.is_dir() else [source if is_locator(source) else os.path.abspath(path)]
-    return list(dict.fromkeys(paths))
 
 
 def _folders(paths: Sequence[str], out: Path) -> dict[str, Path]:

@@ -85,6 +85,23 @@ def find_videos(source: str | Path, root: str | Path | None = None) -> VideoList
     return _read_list(source, None if root is None else Root.of(root))
 
 
+def find_named(sources: Sequence[str]) -> tuple[tuple[str, ...], int]:
+    """Every video of several sources, each once: videos, folders of them, prepared sets; and which frames of all can be
+    read: 0, step, 2 step, ... ValueError for a folder without one."""
+    paths: list[str] = []
+    step = 1
+    for source in sources:
+        check(source != "", "a video's name is empty")
+        path = Path(source).expanduser()
+        if path.is_dir():
+            found = find_videos(path)
+            paths += found.paths
+            step = max(step, found.step)
+        else:
+            paths.append(source if shards.is_locator(source) else os.path.abspath(path))
+    return tuple(dict.fromkeys(paths)), step
+
+
 def _prepared(root: str) -> VideoList:
     if not storage.is_url(root):
         root = str(Path(root).expanduser().resolve())
