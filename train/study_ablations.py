@@ -1,4 +1,4 @@
-"""The paper's ablations in small: on slow clips of the demo's kind, 16 frames of 48 x 48, every line of every table is
+"""The paper's ablations in small: on clips of the demo's kind, 16 frames of 32 x 32, every line of every table is
 an encoder pre-trained in its own way, then fine-tuned on a few labelled clips and probed as it is. See study_tables.py.
 
 Lines that share a pre-training share its run, so that all tables together cost little more than their parts.
@@ -7,27 +7,40 @@ Lines that share a pre-training share its run, so that all tables together cost 
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from kernels.launch import check
 from train.finetune_recipes import FINETUNE
-from train.moco_recipes import MOCO
-from train.recipes import PRETRAIN
 from train.study_jobs import Job
 from train.study_rows import StudyConfig, last_value
 from train.study_tables import Before, Line, Table
 from videomae.data.demo import Look, make_demo
 
-FRAMES, SIZE, PACE = 20, 56, 0.6  # of a video; its speed beside the demo's, so that a disc stays in the picture as long
-VIDEOS, STEPS, LABELS, EPOCHS = 32, 600, 504, 5.0  # videos a step, of which each gives two clips
-# steps of the same time, as measured (bench/NOTES.md)
-SAME_TIME = {"train.pretrain": 1.0, "train.moco": 1.0}
-PRETRAIN_RATE = {"train.pretrain": 1.0, "train.moco": 1.0}  # times the recipe's
-FINETUNE_RATES = (0.5, 1.0, 2.0)  # times the recipe's
+FRAMES = 20  # of a video
+LABELS, EPOCHS = 504, 5.0  # labelled clips, an equal number of every class; epochs over them
+FINETUNE_RATES = (1.0, 3.0, 10.0)  # times the recipe's
 CHOSEN = 1  # of them, where a line is fine-tuned at one
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a verb pre-trains here, beside its demo recipe."""
+
+    videos: int  # a step, of which each gives two clips
+    base_lr: float
+    steps: int
+    flags: Mapping[str, str] = field(default_factory=dict)
+
+
+# steps of the same time, as measured on one core; rates as the table of rates has found them (bench/NOTES.md)
+METHODS = {
+    "train.pretrain": Method(16, 3.2e-2, 2400, {"--mask.ratio": "0.9"}),
+    "train.moco": Method(64, 4e-3, 160),
+}
+STEPS = METHODS["train.pretrain"].steps
 
 
 @dataclass(frozen=True)
@@ -99,13 +112,11 @@ class Ablations:
 
     def _before(self, before: Before, seed: int) -> Path:
         run, data = self.pretrain_run(before, seed), self._unlabelled(before.look, before.videos)
-        steps = max(round(self.steps * before.length * SAME_TIME[before.verb]), 1)
-        flags = {**self._geometry(before), **before.flags, "--batch-size": f"{VIDEOS}", "--steps": f"{steps}"}
-        if before.verb == "train.pretrain":
-            flags = {"--mask.ratio": "0.9", **flags}
-        recipe = (PRETRAIN if before.verb == "train.pretrain" else MOCO)["demo"]()
-        rate = recipe.optim.base_lr * PRETRAIN_RATE[before.verb] * before.rate
-        flags["--optim.base-lr"] = f"{rate:.6g}"
+        method = METHODS[before.verb]
+        steps = max(round(method.steps * before.length * self.steps / STEPS), 1)
+        length = {"--batch-size": f"{method.videos}", "--steps": f"{steps}"}
+        rate = {"--optim.base-lr": f"{method.base_lr * before.rate:.6g}"}
+        flags = {**self._geometry(before), **method.flags, **before.flags, **length, **rate}
         self._add(run, (before.verb, "demo", "--data", str(data), *_flags(flags)), seed)
         return run
 
@@ -161,9 +172,7 @@ class Ablations:
     def _rendered(self) -> Mapping[Look, Path]:
         looks = {line.look for table in self.tables for line in table.lines}
         looks |= {line.before.look for table in self.tables for line in table.lines if line.before}
-        return {
-            look: make_demo(Path(f"data/slow-{look}"), frames=FRAMES, size=SIZE, pace=PACE, look=look) for look in looks
-        }
+        return {look: make_demo(Path(f"data/study-{look}"), frames=FRAMES, look=look) for look in looks}
 
     # -- results
 
@@ -194,7 +203,7 @@ def _cost(run: Path) -> dict[str, Any]:
     return {"minutes": clips / rate / 60, "clips": clips, "peak": plan["peak_bytes"]}
 
 
-_GEOMETRY = {"--model.frames": "16", "--model.image-size": "48", "--model.cube": "2 8 8"}
+_GEOMETRY = {"--model.frames": "16", "--model.cube": "2 8 8"}
 
 
 def _flags(flags: Mapping[str, str]) -> tuple[str, ...]:

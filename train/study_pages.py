@@ -17,7 +17,7 @@ from train.study_tables import Table
 CHANCE = 100 / 12
 _STAND_IN = (
     "**These are not the paper's experiments.** They are a small stand-in: a ViT of 0.6 M parameters, clips of 16 "
-    "frames of 48 x 48 pixels, drawn by a program, in which one object moves in one of 12 ways. What carries over is "
+    "frames of 32 x 32 pixels, drawn by a program, in which one object moves in one of 12 ways. What carries over is "
     "the code that runs and the kind of difference each choice makes; the numbers do not, and the order may not: the "
     "paper's figures stand beside ours, and where the order differs it is said."
 )
@@ -55,7 +55,7 @@ def _head(study: Ablations, seconds: dict[str, float], around: dict[str, Any]) -
             "",
             _STAND_IN,
             "",
-            f"Pre-training: {study.steps:,} steps of 64 clips of the 4,800 without labels, tube mask of 90 %, decoder "
+            f"Pre-training: {study.steps:,} steps of 32 clips of the 4,800 without labels, tube mask of 90 %, decoder "
             "of 2 blocks, where a line",
             f"says nothing else. Then {study.config.labels or LABELS} labelled clips for {study.epochs:g} epochs; top-1"
             " in per cent of 480 test clips (chance: 8.3),",

@@ -65,10 +65,10 @@ class Disc:
     square: bool = False
 
 
-def render(seed: int, motion: int, *, frames: int, size: int, pace: float = 1.0, look: Look = "discs") -> np.ndarray:
+def render(seed: int, motion: int, *, frames: int, size: int, look: Look = "discs") -> np.ndarray:
     """One video, uint8 [frames, size, size, 3] in RGB, the same on every machine.
 
-    `motion` is an index into `MOTIONS`; `seed` counts modulo 2**64; `pace` is a factor on all speeds.
+    `motion` is an index into `MOTIONS`; `seed` counts modulo 2**64.
     The middle frame (odd `frames`) is the same for every motion.
     """
     if not 0 <= motion < len(MOTIONS):
@@ -77,7 +77,7 @@ def render(seed: int, motion: int, *, frames: int, size: int, pace: float = 1.0,
         raise ValueError(f"frames must be at least 1 and size at least 8, got {frames} and {size}")
     background, disc = _look(seed)
     disc = replace(disc, square=look == "squares")
-    picture = paint(background, disc, motion, pace * (np.arange(frames) - (frames - 1) / 2), size=size)
+    picture = paint(background, disc, motion, np.arange(frames) - (frames - 1) / 2, size=size)
     return to_bytes(255.0 - picture if look == "squares" else picture)
 
 
@@ -162,7 +162,6 @@ def make_demo(
     frames: int = 12,
     size: int = 40,
     seed: int = 0,
-    pace: float = 1.0,
     look: Look = "discs",
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
@@ -176,8 +175,8 @@ def make_demo(
     """
 
     drawn: dict[str, Any] = {"frames": frames, "size": size}
-    if (pace, look) != (1.0, "discs"):
-        drawn |= {"pace": pace, "look": look}
+    if look != "discs":
+        drawn["look"] = look
 
     def video(which: int, index: int, path: str) -> tuple[np.ndarray, list[str]]:
         motion = index % len(MOTIONS)
