@@ -70,6 +70,8 @@ class Verbs(Target):
         }
         self._mains = {name: importlib.import_module(name).main for name in _VERBS}
         self._flags = {name: self._flags_of(main) for name, main in self._mains.items()}
+        with contextlib.redirect_stdout(io.StringIO()):  # what torch imports when it is first used makes a folder
+            self._mains["train.plan"](["demo", "--gpus", "8", "--gpu", "h200"])
 
     def _flags_of(self, main: Callable[[list[str]], int]) -> tuple[str, ...]:
         said = io.StringIO()
