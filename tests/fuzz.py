@@ -40,6 +40,7 @@ _MOST = 256 << 20  # bytes of memory that one input may take
 _EACH = 3  # faults of a kind that are saved
 # what torch, numpy and safetensors build tensors of; AdamW's index is checked by name in train/moments.py
 _PLAIN = ("torch", "numpy", "collections", "_codecs", "argparse", "pathlib", "pathlib._local", "safetensors")
+_PYTHON = (sys.prefix, os.path.realpath(sys.prefix))  # an environment may be a link to another
 _COMMANDS = ("os.system", "os.exec", "os.spawn", "os.posix_spawn", "subprocess.Popen", "socket.connect")
 
 
@@ -83,7 +84,7 @@ class Guard:
     def __init__(self, root: Path) -> None:
         self._root, self._armed = str(root.resolve()), False
         self._readable = tuple(
-            {str(ROOT), sys.prefix, sys.base_prefix, "/proc", "/sys", "/dev", "/usr", "/etc/localtime"}
+            {str(ROOT), *_PYTHON, sys.base_prefix, "/proc", "/sys", "/dev", "/usr", "/etc/localtime"}
         )
         self.seen: list[str] = []
         sys.addaudithook(self._see)
@@ -116,7 +117,7 @@ class Guard:
 
     def _change(self, event: str, path: str, arguments: tuple) -> None:
         # a package looks through its own folder while it is imported
-        imports = event in ("os.listdir", "os.scandir") and path.startswith(sys.prefix)
+        imports = event in ("os.listdir", "os.scandir") and path.startswith(_PYTHON)
         if not self._is_inside(path) and not imports:
             self.seen.append(f"{event} {arguments[:2]}")
 
