@@ -59,9 +59,18 @@ def parse(
     return _read(recipe, flags, prog=prog, page=page, listing=f"recipes\n{listing}\n\n", elsewhere=elsewhere)
 
 
-def parse_flags(arguments: Sequence[str], config: type[T], *, prog: str, about: str, examples: Sequence[str] = ()) -> T:
-    """The configuration of a command without recipes. examples: commands for the first page of help."""
-    page = partial(first_page, config, prog=prog, about=about, examples=examples)
+def parse_flags(
+    arguments: Sequence[str],
+    config: type[T],
+    *,
+    prog: str,
+    about: str,
+    examples: Sequence[str] = (),
+    own: Sequence[str] = (),
+) -> T:
+    """The configuration of a command without recipes. examples, own: commands for the first page of help, and flags
+    that stand there among the command's own."""
+    page = partial(first_page, config, prog=prog, about=about, examples=examples, own=own)
     return _read(config, list(arguments), prog=prog, page=page)
 
 
@@ -180,6 +189,11 @@ def _first_line(function: Callable[[], object]) -> str:
 def _plain(complaint: str, config: Any, flags: Sequence[str]) -> str:
     """What a flag takes, in place of the types that tyro tried."""
     words = [word for flag in flags for word in (flag.split("=", 1) if flag.startswith("--") else [flag])]
+    if complaint.startswith("Missing from "):
+        named = {*complaint.split()}
+        absent = [flag for flag in flags_of(config) if named & {*flag.names, flag.is_positional and flag.key.upper()}]
+        needed = [f"{flag.usage} is needed{flag.about and f': {flag.about}'}" for flag in absent]
+        return "; ".join([*needed, "--help lists flags"]) if needed else complaint
     found = re.match(r"(?:Error parsing |Missing value for argument ')(--[\w.-]+)", complaint)
     known = {name: flag for flag in flags_of(config) for name in flag.names}
     if found is None or found[1] not in known or found[1] not in words:

@@ -80,7 +80,8 @@ def _walk(config: Any, section: str) -> list[Flag]:
         marks, kind = (hint.__metadata__, hint.__origin__) if typing.get_origin(hint) is Annotated else ((), hint)
         aliases = [alias for mark in marks for alias in getattr(mark, "aliases", None) or ()]
         is_positional = tyro.conf.Positional in marks
-        values = word.upper() if is_positional else _values(kind, word)
+        many = " ..." if typing.get_origin(kind) is tuple else ""
+        values = f"{word.upper()}{many}" if is_positional else _values(kind, word)
         missing = value is dataclasses.MISSING
         about = _comment(cls, name)
         names = (*aliases, word if is_positional else f"--{full}")

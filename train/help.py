@@ -32,20 +32,26 @@ def first_page(
     recipes: Sequence[str] = (),
     default: str = "",
     groups: Sequence[str] = tuple(COMMON),
+    own: Sequence[str] = (),
 ) -> str:
-    """What the command does, how it is called, and the flags that are used most, of these groups."""
+    """What the command does, how it is called, and the flags that are used most, of these groups. own: flags that mean
+    something else here than where they are common."""
     flags, sections = flags_of(config), sections_of(config)
-    needed = [flag.usage for flag in flags if flag.is_required]
+    needed = [flag.usage if flag.is_required else f"[{flag.usage}]" for flag in flags if _is_in_usage(flag)]
     lines = [f"usage: {' '.join([prog, *(['[RECIPE]'] if recipes else []), *needed, '[--flag VALUE ...]'])}", ""]
     lines += [*_wrapped(about), ""]
     lines += [*(f"  {example}" for example in examples), ""] if examples else []
     if recipes:
         lines += [*_wrapped(f"recipes, the first argument ({default} if none): {', '.join(recipes)}", "  "), ""]
-    for title, group in _groups(flags, groups).items():
+    for title, group in _groups(flags, groups, own).items():
         lines += [title, *(_line(flag) for flag in group)]
     names = [name for name in sections if "." not in name]
     rest = f"; those of a section: --help SECTION, which is {', '.join(names)}" if names else ""
     return "\n".join([*lines, "", *_wrapped(f"all flags: --help-all{rest}", "  ")])
+
+
+def _is_in_usage(flag: Flag) -> bool:
+    return flag.is_required or flag.is_positional
 
 
 def section_page(config: Any, section: str) -> str:
@@ -75,14 +81,14 @@ def _command(recipe: Callable[[], object], prog: str) -> str:
     return next((line for line in lines if re.match(f"{re.escape(prog)}( |$)", line)), "")
 
 
-def _groups(flags: Sequence[Flag], titles: Sequence[str]) -> dict[str, list[Flag]]:
-    known = {flag.key: flag for flag in flags}
+def _groups(flags: Sequence[Flag], titles: Sequence[str], apart: Sequence[str]) -> dict[str, list[Flag]]:
+    known = {flag.key: flag for flag in flags if flag.key not in apart}
     common = {title: [known[key] for key in COMMON[title] if key in known] for title in titles}
-    keys = {key for group in COMMON.values() for key in group}
+    keys = {key for group in COMMON.values() for key in group} - {*apart}
     own = [flag for flag in flags if not flag.section and flag.key not in keys]
     # what a verb of few flags has of its own, it shows; a training what is common
     if len(own) + sum(map(len, common.values())) > _MOST:
-        own = [flag for flag in own if flag.is_required or flag.is_positional]
+        own = [flag for flag in own if _is_in_usage(flag)]
     return {title: group for title, group in {"options": own, **common}.items() if group}
 
 

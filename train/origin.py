@@ -30,6 +30,9 @@ def target_of(source: str, stated: bool | None, wanted: str) -> Target:
     if run is not None:
         known = _config_of(run)
         trained = f"; trained with {known.get('mask.kind')} masks of ratio {known.get('mask.ratio')}"
+        # pictures tell the squared error of all weights
+        loss = known.get("target.loss", "mse")
+        trained += "" if loss == "mse" else f" by the {loss} loss"
         noted = known.get("target.normalize")
     if wanted != "auto":
         return Target(wanted == "normalized", "as --target says", trained)

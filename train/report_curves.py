@@ -17,6 +17,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 10, 30
 # an axis that may be logarithmic is so when its greatest value is so many times what all but two per cent stay below
 _SPIKE, _USUAL = 4, 0.98
 _DOTS = 60  # a curve of so few points shows them
+_FARTHEST = 1e300  # an axis reaches no farther: a diverged run's values may be the greatest floats
 COLOURS = 8  # of the style; further curves take them again, dashed
 
 
@@ -80,7 +81,7 @@ def axis(values: np.ndarray, *, zero: bool = False, log: bool = False, most: flo
     most: its end, of a share or per cent."""
     if not len(values):
         return Axis(0.0, 1.0, (0.0, 0.5, 1.0))
-    low, high = float(values.min()), float(values.max())
+    low, high = (min(max(float(value), -_FARTHEST), _FARTHEST) for value in (values.min(), values.max()))
     if log and low > 0 and high > _SPIKE * float(np.quantile(values, _USUAL, method="lower")):
         return Axis(low / 1.2, high * 1.2, _powers(low, high), True)
     if zero:
@@ -91,7 +92,7 @@ def axis(values: np.ndarray, *, zero: bool = False, log: bool = False, most: flo
         margin = abs(high) / 10 or 1.0
         low, high = low - (0 if zero and low == 0 else margin), high + margin
     margin = 0.05 * (high - low)
-    step = _nice((high - low) / 5)
+    step = _nice(max((high - low) / 5, 1 / _FARTHEST))
     low, high = low - (0 if zero and low == 0 else margin), high + (0 if most is not None else margin)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return Axis(low, high, tuple(n * step for n in range(first, last + 1)))

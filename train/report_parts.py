@@ -97,7 +97,7 @@ def fold(title: str, inside: str) -> str:
 def csv_table(path: Path) -> tuple[str, int]:
     """A file with a header, and how many lines it has beside that."""
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-        head, *rows = csv.reader(file)
+        head, *rows = [*csv.reader(file)] or [[]]
     rows = [row for row in rows if len(row) == len(head)]
     numbers = [place for place, name in enumerate(head) if place > 0 and name != "class"]
     return table(head, rows, numbers=numbers), len(rows)
@@ -196,8 +196,17 @@ def _chart(runs: Sequence[FoundRun], names: Sequence[str], kind: str, measure: M
             curves.append(Curve(name, steps, values, number))
     if not curves:
         return ""
+    if measure.name == "loss" and len({_loss_of(run) for run in runs}) > 1:
+        measure = measure._replace(hint="these runs minimise different losses: only shapes can be compared")
     marks = _marks(runs[0]) if len(runs) == 1 and measure.name in ("loss", "grad_norm") else ()
     return _figure(curves, measure, marks)
+
+
+def _loss_of(run: FoundRun) -> tuple[Any, ...]:
+    """What runs must share for their losses to be compared."""
+    # the values of runs from before there was a choice
+    known = {"target.normalize": True, "target.loss": "mse", "contrast.temperature": None}
+    return run.verb, *(run.config.get(name, usual) for name, usual in known.items())
 
 
 def _together(run: FoundRun, measures: Sequence[Measure]) -> str:

@@ -1,6 +1,7 @@
 """What a run folder tells: its record, metrics, pictures, trouble and results, read as far as they are whole."""
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -149,7 +150,8 @@ class FoundRun:
         if not len(times):
             found = (self.result or {}).get("seconds")
             return float(found) if isinstance(found, (int, float)) else None
-        starts = [(part.get("step", 0), _epoch(part.get("started"))) for part in self.parts]
+        begun = [(part.get("step"), _epoch(part.get("started"))) for part in self.parts]
+        starts = [(step if isinstance(step, int) else 0, start) for step, start in begun]
         total = 0.0
         for number, (step, start) in enumerate(starts):
             until = starts[number + 1][0] if number + 1 < len(starts) else np.inf
@@ -191,6 +193,7 @@ def is_run(path: Path) -> bool:
 
 def read_run(path: Path) -> FoundRun:
     """A run folder. ValueError for a folder that is none, and for a damaged record."""
+    check(not path.is_file(), f"{path} is a file: give the folder of the run")
     check(path.is_dir(), f"{path}: there is no such folder")
     if not is_run(path):
         inside = sorted(child.name for child in path.iterdir() if child.is_dir() and is_run(child))
@@ -276,7 +279,15 @@ def _column(values: list[Any]) -> np.ndarray:
     try:
         return np.array(values, dtype=np.float64)
     except (ValueError, TypeError, OverflowError):
-        return np.array([value if isinstance(value, float) else np.nan for value in values])
+        # one damaged line takes no other with it
+        return np.array([_number(value) for value in values])
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value) if isinstance(value, (int, float)) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def _read_entries(path: Path) -> list[dict[str, Any]]:

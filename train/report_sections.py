@@ -86,8 +86,8 @@ def tiles(run: FoundRun) -> list[tuple[str, str, str]]:
 
 
 def _device(run: FoundRun) -> str:
-    processes = run.now("processes") or []
-    count = f"{len(processes)} x " if len(processes) > 1 else ""
+    processes = run.now("processes")
+    count = f"{len(processes)} x " if isinstance(processes, list) and len(processes) > 1 else ""
     used = str(run.plan.get("device") or (run.result or {}).get("device") or "")
     gpu = run.now("gpu")
     return count + (str(gpu) if gpu and not used.startswith("cpu") else "CPU")
@@ -269,7 +269,7 @@ def repeat(run: FoundRun) -> str:
 
 def machine(run: FoundRun) -> str:
     plan, versions = run.plan, run.now("versions")
-    attention = plan.get("attention")
+    attention, peak = plan.get("attention"), plan.get("peak_bytes")
     facts = {
         "device": _device(run),
         "host": run.now("host"),
@@ -277,7 +277,7 @@ def machine(run: FoundRun) -> str:
         **{name.replace("_", " "): plan.get(name) for name in ("workers", "threads", "micro_batch", "accumulation")},
         "attention": (run.result or {}).get("attention"),
         **({f"attention, {part}": said for part, said in attention.items()} if isinstance(attention, dict) else {}),
-        "memory of a step": f"{plan['peak_bytes'] / 1e6:,.0f} MB, estimated" if "peak_bytes" in plan else None,
+        "memory of a step": f"{peak / 1e6:,.0f} MB, estimated" if isinstance(peak, (int, float)) else None,
         "started": run.record.get("started"),
         "finished": run.record.get("finished"),
     }
@@ -311,7 +311,8 @@ def _parts(run: FoundRun) -> str:
     for part in run.parts:
         words = part.get("command")
         typed = code(shlex.join(map(str, words[1:]))) if isinstance(words, list) else None
-        rows.append((f"{part.get('step', 0):,}", *(part.get(key) for key in keys), typed))
+        step = part.get("step", 0)
+        rows.append((f"{step:,}" if isinstance(step, int) else step, *(part.get(key) for key in keys), typed))
     return "<h3>Parts of the run</h3>" + table(("from step", "started", "host", "GPU", "commit", "flags"), rows)
 
 

@@ -28,7 +28,7 @@ from train.origin import Target, stride_of, target_of
 from train.reconstruction import Guess, draw_film, draw_sheet, guess
 from train.shares import refuse_several
 from videomae import masking
-from videomae.command_line import run_main
+from videomae.command_line import nobody_reads, run_main
 from videomae.data.dataset import Sample, find_named, mask_keys
 from videomae.data.decode import UnreadableVideo
 from videomae.data.sampling import Sampling
@@ -79,6 +79,7 @@ class VisualizeConfig:
         check(len(self.videos) > 0, "no video was given")
         check(self.out != "", "out must not be empty")
         check(len(self.ratio) > 0 and len(self.mask) > 0, "ratio and mask must name one at least")
+        check(self.frames is None or self.frames >= 1, f"frames must be at least 1; got {self.frames}")
         check(self.stride is None or self.stride >= 1, f"stride must be at least 1; got {self.stride}")
         check(self.fps is None or 0.1 <= self.fps <= 50, f"fps must be 0.1 to 50; got {self.fps}")
         _ = self.wanted_size, self.wanted_start
@@ -130,11 +131,17 @@ class Job:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; its exit code: 0 done, 1 a video could not be read or a picture not be written, 2 wrong use, 130
-    stopped by Ctrl-C."""
+    stopped by Ctrl-C, 143 by SIGTERM."""
     about = "Pictures of what a model reconstructs of videos, and of where it attends."
     config = parse_flags(
-        sys.argv[1:] if arguments is None else arguments, VisualizeConfig, prog=PROG, about=about, examples=_EXAMPLES
+        sys.argv[1:] if arguments is None else arguments,
+        VisualizeConfig,
+        prog=PROG,
+        about=about,
+        examples=_EXAMPLES,
+        own=("attention",),  # layers here, elsewhere what computes it
     )
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         with user_errors(PROG):
             refuse_several("it draws a few videos, in one process")
@@ -143,6 +150,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return max(codes)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number: int, _: object) -> None:
+    """Leave, but so that no half-written file stays."""
+    raise SystemExit(128 + number)
 
 
 def _attempt(job: Job, path: str) -> int:
@@ -156,6 +170,8 @@ def _attempt(job: Job, path: str) -> int:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
+        if nobody_reads():
+            raise
         print(f"{PROG}: error: {error}", file=sys.stderr)
         raise SystemExit(1) from error
     return 0
@@ -264,6 +280,9 @@ def _visualize(job: Job, path: str) -> None:
     first, last = clip.moments.frames[0], clip.moments.frames[-1]
     times = f"{clip.moments.seconds[0]:.2f} to {clip.moments.seconds[-1]:.2f} s"
     print(f"\n{path}: frames {first} to {last} of {clip.num_frames}, {times}")
+    given, wanted = len(set(clip.moments.frames)), len(clip.moments.frames)
+    if given < wanted:
+        print(f"  the video is too short for the clip: it gives {given} of the {wanted} frames, the others repeat them")
     folder = job.folders[path]
     title = f"{Path(path).name}, {job.name}"
     if isinstance(model, VideoMAE):
@@ -304,7 +323,7 @@ def _reconstruct(job: Job, model: VideoMAE, clip: Clip, kind: str, folder: Path,
 
 def _rate_of(clip: Clip) -> float:
     """Frames a second: as in life, where that can be followed."""
-    first, *_, last = clip.moments.seconds
+    first, last = clip.moments.seconds[0], clip.moments.seconds[-1]
     lived = (len(clip.moments.seconds) - 1) / (last - first) if last > first else _SLOWEST
     return min(max(lived, _SLOWEST), _FASTEST)
 

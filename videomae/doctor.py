@@ -278,7 +278,7 @@ def _videos(report: Report, torch: Any) -> dict[str, str]:
     lines = {}
     av = _tried("av")
     if isinstance(av, Exception):
-        lines["av"] = _short(av)
+        lines["av"] = _absent("av", av)
     else:
         codecs = [name for name in _CODECS if name in av.codecs_available]
         lacking = [name for name in _CODECS if name not in codecs]
@@ -287,14 +287,15 @@ def _videos(report: Report, torch: Any) -> dict[str, str]:
             report.warnings.append("PyAV's FFmpeg has no H.264, which most videos are in")
     for name in ("decord", "torchcodec"):
         found = _tried(name)
-        lines[name] = "usable" if not isinstance(found, Exception) else _absent(found)
+        lines[name] = "usable" if not isinstance(found, Exception) else _absent(name, found)
     program = shutil.which("ffmpeg")
     lines["ffmpeg"] = f"{program}; not needed" if program else "no program of that name; not needed"
     return lines
 
 
-def _absent(error: Exception) -> str:
-    return "not installed" if isinstance(error, ModuleNotFoundError) else _short(error)
+def _absent(module: str, error: Exception) -> str:
+    """Why it does not import; also for what it needs itself."""
+    return "not installed" if isinstance(error, ModuleNotFoundError) and error.name == module else _short(error)
 
 
 def _machine(report: Report, torch: Any) -> dict[str, str]:

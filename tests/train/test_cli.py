@@ -4,10 +4,11 @@ import re
 
 import pytest
 
-from train.cli import flat, parse, user_errors
+from train.cli import flat, parse, parse_flags, user_errors
 from train.finetune_recipes import FINETUNE
 from train.flags import flags_of
 from train.recipes import PRETRAIN
+from train.visualize import VisualizeConfig
 
 
 def read(*arguments):
@@ -86,6 +87,13 @@ def test_refuses_in_one_line_with_exit_code_2(arguments, says, capsys):
     assert captured.err.count("\n") == 1
     assert "----" not in captured.err  # of a frame
     assert re.search(says, captured.err)
+
+
+def test_names_the_flag_that_is_needed_and_what_it_takes(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_flags(["a.mp4"], VisualizeConfig, prog="prog", about="")
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("prog: error: --weights WEIGHTS is needed: a run folder, a checkpoint")
 
 
 def test_a_word_of_several_lines_is_named_in_one(capsys):

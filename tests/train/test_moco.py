@@ -131,7 +131,7 @@ def test_leaves_weights_that_other_commands_take_and_says_how_views_are_found(vi
     out = tmp_path / "run"
     assert run(videos, out, "--steps", 6, "--probe.data", videos, "--probe.every", 3) == 0
     printed = capsys.readouterr()
-    assert "contrast  6 videos at a time, 5 negatives; temperature 0.2, momentum 0.99 to 1" in printed.out
+    assert "contrast  6 videos at a time, 5 negatives; temperature 0.1, momentum 0.99 to 1" in printed.out
     assert "of the views find their video (chance 16.7 %)" in printed.err
     assert "Traceback" not in printed.err
     seen = [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]

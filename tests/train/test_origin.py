@@ -28,6 +28,12 @@ def test_a_run_says_what_it_predicts(tmp_path, normalize):
         assert stride_of(str(source)) == 3
 
 
+def test_a_run_of_another_loss_says_so(tmp_path):
+    for loss, said in (("mse", ""), ("l1", " by the l1 loss")):
+        weights = write_run(tmp_path / loss, json.dumps({"config": KNOWN | {"target.loss": loss}}))
+        assert target_of(str(weights), None, "auto").trained.endswith(f"ratio 0.8{said}")
+
+
 def test_weights_that_state_it_are_believed_before_a_run(tmp_path):
     weights = write_run(tmp_path, json.dumps({"config": KNOWN}))
     target = target_of(str(weights), True, "auto")

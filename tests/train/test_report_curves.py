@@ -111,3 +111,11 @@ def test_writes_numbers_shortly():
     told = {0.29489237: "0.29489", 1234.5: "1,234.5", 3600: "3,600", 1.3e-05: "1.3e-05", 5: "5", 0: "0", 2e7: "2e+07"}
     assert {value: number_text(value) for value in told} == told
     assert number_text(NAN) == "not finite"
+
+
+@pytest.mark.parametrize("values", [[1e308, -1e308], [1e308, 1.0], [5e-324, 0.0]])
+def test_its_axis_holds_any_float(values):
+    for log in (False, True):
+        made = axis(np.array(values), log=log)
+        assert made.low < made.high
+        assert all(map(math.isfinite, (made.low, made.high, *made.ticks)))

@@ -33,6 +33,11 @@ def test_escapes_all_but_what_is_markup_already():
     assert '<th scope="row">&lt;a&gt;</th><td class="number"><code>&lt;b&gt;</code></td>' in made
 
 
+def test_a_table_that_was_not_written_to_its_end_is_an_empty_one(tmp_path):
+    (tmp_path / "per_class.csv").touch()
+    assert csv_table(tmp_path / "per_class.csv")[1] == 0
+
+
 def test_reads_a_table_of_classes(tmp_path):
     (tmp_path / "c.csv").write_text('label,class,top1\n0,"a, <b>",50.00\n1,c\n2,d,10.00\n')
     made, count = csv_table(tmp_path / "c.csv")
@@ -111,3 +116,12 @@ def test_draws_a_curve_of_each_run_in_its_colour(tmp_path):
     figures = re.findall(r"<figure>.*?</figure>", charts(runs, ["a", "<b>"]))
     assert re.findall(r'<g class="(\w+)" data-label="(.*?)"', figures[0]) == [("c0", "a")]
     assert re.findall(r'<g class="(\w+)" data-label="(.*?)"', figures[1]) == [("c0", "a"), ("c1", "&lt;b&gt;")]
+
+
+def test_says_when_losses_cannot_be_compared(tmp_path):
+    run_folder(tmp_path / "a")
+    run_folder(tmp_path / "b", config={"target.loss": "l1"})
+    run_folder(tmp_path / "c", config={"mask.ratio": 0.9})
+    a, b, c = (read_run(tmp_path / name) for name in "abc")
+    assert "different losses" in charts([a, b], ["a", "b"])
+    assert "different losses" not in charts([a, c], ["a", "c"])

@@ -141,3 +141,13 @@ def test_finds_the_run_that_was_written_to_last(tmp_path):
 def test_writes_times_as_people_say_them():
     told = {41.6: "42 s", 310: "5 min 10 s", 11530: "3 h 12 min", 90000: "1 day 1 h", 190000: "2 days 4 h"}
     assert {seconds: seconds_text(seconds) for seconds in told} == told
+
+
+def test_a_damaged_value_takes_no_other_line_with_it(tmp_path):
+    path = tmp_path / "m.jsonl"
+    damaged = [{"step": "two", "a": 2}, {"step": 3, "a": [3]}, {"step": 4, "a": 10**400}, {"step": 10**400}]
+    lines(path, [{"step": 1, "a": 1}, *damaged, {"step": 5, "a": 5}])
+    series = read_series(path)
+    assert series.steps.tolist() == [1, 3, 4, 5]
+    assert [column.tolist() for column in series.finite("a")] == [[1, 5], [1, 5]]
+    assert series.damaged == 2

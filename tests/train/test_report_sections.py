@@ -122,3 +122,21 @@ def test_does_without_what_an_older_record_lacks(tmp_path, damage):
     run = read_run(run_folder(tmp_path / "a", **damage))
     for section in (sections.tiles, sections.changed, sections.repeat, sections.machine, sections.settings):
         section(run)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"processes": 3},
+        {"processes": [1, 2]},
+        {"plan": {"steps": 100, "peak_bytes": None}},
+        {"resumed": [{"step": None, "started": 5}]},
+        {"resumed": [{"step": "x"}]},
+    ],
+    ids=str,
+)
+def test_a_record_of_odd_values_is_shown_all_the_same(tmp_path, damage):
+    run_folder(tmp_path / "run", **damage)
+    found = read_run(tmp_path / "run")
+    assert sections.machine(found)
+    assert sections.tiles(found)

@@ -1,6 +1,8 @@
 """The command that draws what a model sees, of every kind of weights."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -270,3 +272,47 @@ def test_real_clips_at_full_size(clips, tmp_path, capsys):
     assert [row[:3] for row in said] == [("tube", 0.9, 1408)]
     assert len(Video(tmp_path / "out" / video.stem / "reconstruction-tube.mp4")) == 16
     assert (tmp_path / "out" / video.stem / "attention.png").exists()
+
+
+@pytest.mark.long
+def test_a_model_of_one_frame_has_a_film_of_one(tmp_path, capsys):
+    model = VideoMAE(size_of("vit_tiny"), Input(1, 16, (1, 8, 8)), decoder_depth=1)
+    save_weights(model, tmp_path / "image.safetensors")
+    write_video(tmp_path / "a.mp4", moving_frames(5, 24, 32), crf="10")
+    assert run(tmp_path / "a.mp4", "--weights", tmp_path / "image.safetensors", "--out", tmp_path, "--ratio", 0.5) == 0
+    assert len(Video(tmp_path / "a" / "reconstruction-tube.mp4")) == 1
+    assert "too short" not in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_a_clip_longer_than_its_video_is_said_to_repeat(made, tmp_path, capsys):
+    folder, _ = made
+    write_video(tmp_path / "short.mp4", moving_frames(3, 24, 32), crf="10")
+    given = ("--weights", folder / "ours.safetensors", "--out", tmp_path, "--ratio", 0.5, "--stride", 1)
+    assert run(tmp_path / "short.mp4", *given) == 0
+    assert "too short for the clip: it gives 2 of the 4 frames" in capsys.readouterr().out
+
+
+def test_its_layers_stand_among_its_own_flags(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert "usage: python -m train.visualize VIDEOS ... --weights WEIGHTS" in text
+    assert text.index("--mask") < text.index("--attention ATTENTION") < text.index("--query QUERY")
+
+
+@pytest.mark.long
+def test_a_half_written_film_does_not_stay_when_it_is_told_to_stop(made, tmp_path, monkeypatch):
+    folder, _ = made
+
+    def told(*_, **__):
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(Image.Image, "save", told)
+    with pytest.raises(SystemExit) as end:
+        run(folder / "videos" / "a.mp4", "--weights", folder / "ours.safetensors", "--out", tmp_path, "--ratio", 0.5)
+    assert end.value.code == 143
+    assert list((tmp_path / "a").iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == before

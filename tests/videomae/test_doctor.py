@@ -98,3 +98,12 @@ def test_without_torch_the_package_says_where_to_ask():
     assert done.stderr.splitlines()[-1].startswith(
         "ImportError: videomae.classifier: No module named 'torch'; python -m"
     )
+
+
+def test_tells_a_package_that_is_absent_from_one_that_lacks_another(monkeypatch):
+    lacks = {"decord": "numpy", "torchcodec": "torchcodec"}
+    error = {name: ModuleNotFoundError(f"No module named {other!r}", name=other) for name, other in lacks.items()}
+    monkeypatch.setattr(doctor, "_tried", lambda module: error.get(module, ImportError("not here")))
+    report = doctor.examine()
+    assert report.sections["videos"]["decord"] == "ModuleNotFoundError: No module named 'numpy'"
+    assert report.sections["videos"]["torchcodec"] == "not installed"

@@ -44,7 +44,9 @@ class ContrastAugment:
 
     def __post_init__(self) -> None:
         check(0 < self.area[0] <= self.area[1] <= 1, f"augment.area must rise within (0, 1]; got {self.area}")
-        check(0 < self.aspect[0] <= self.aspect[1], f"augment.aspect must rise from above 0; got {self.aspect}")
+        check(
+            0 < self.aspect[0] <= self.aspect[1] < math.inf, f"augment.aspect must rise from above 0; got {self.aspect}"
+        )
         for name in ("jitter", "brightness", "contrast", "saturation", "grey", "blur"):
             value = getattr(self, name)
             check(0 <= value <= 1, f"augment.{name} must be in [0, 1]; got {value}")

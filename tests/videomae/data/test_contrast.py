@@ -131,6 +131,7 @@ def test_a_window_more_gives_the_second_view_frames_of_its_own(tmp_path):
     [
         ({"area": (0.5, 0.2)}, "augment.area must rise"),
         ({"aspect": (0, 1)}, "augment.aspect must rise"),
+        ({"aspect": (1, float("inf"))}, "augment.aspect must rise"),
         ({"grey": 1.5}, r"augment.grey must be in \[0, 1\]; got 1.5"),
         ({"hue": 0.6}, r"augment.hue must be in \[0, 0.5\]"),
     ],
