@@ -58,24 +58,24 @@ def understood(facts: Mapping[str, Any], home: str, base: int | None) -> Stored:
     counts = {phase: len(range(phase, num_frames, stride)) for phase in phases}
     streams: list[Stream] = []
     if facts["codec"] == "jpeg":
-        sizes = np.array(facts["sizes"], dtype=np.int64)
+        sizes = _sizes(facts["sizes"])
         check(len(sizes) == sum(counts.values()), f"{len(sizes)} frames are listed, not {sum(counts.values())}")
         sums = _sums(facts["crc32"], len(sizes))
         begins = np.zeros(len(sizes), dtype=np.int64)
         if base is not None:
             begins[1:] = np.cumsum(-(-sizes // BLOCK) * BLOCK + BLOCK)[:-1]
-            begins += facts["offset"]
+            begins += _place(facts["offset"])
         for phase, count in counts.items():
             start = sum(len(stream.sizes) for stream in streams)
             part = slice(start, start + count)
             streams.append(Stream(phase, "", begins[part], sizes[part], sums[part]))
     else:
         for (phase, count), stream in zip(counts.items(), facts["streams"], strict=True):
-            sizes = np.array(stream["packets"], dtype=np.int64)
+            sizes = _sizes(stream["packets"])
             check(len(sizes) == count, f"{len(sizes)} packets are listed, not {count}")
             extradata = base64.b64decode(stream["extradata"], validate=True)
             check(len(extradata) > 0, "the decoder's setup is empty")
-            first = stream["first"] + (stream["offset"] if base is not None else 0)
+            first = _place(stream["first"]) + (_place(stream["offset"]) if base is not None else 0)
             begins, sums = first + np.cumsum(sizes) - sizes, _sums(stream["crc32"], count)
             # of files it is a part of their name
             check(_MEMBER.fullmatch(stream["member"]) is not None, f"a member cannot be called {stream['member']}")
@@ -83,6 +83,16 @@ def understood(facts: Mapping[str, Any], home: str, base: int | None) -> Stored:
     inside = all(((one.sizes > 0) & (one.sizes < _MOST) & (one.begins >= 0)).all() for one in streams)
     check(len(streams) > 0 and num_frames > 0 and inside, "it holds no frames")
     return Stored(home, base, num_frames, shape, rate, stride, tuple(streams))
+
+
+def _sizes(values: Any) -> np.ndarray:
+    check(isinstance(values, list) and all(type(value) is int for value in values), "sizes must be whole numbers")
+    return np.array(values, dtype=np.int64)
+
+
+def _place(value: Any) -> int:
+    check(type(value) is int and 0 <= value < 2**62, f"a place must be a whole number; got {value!r}")
+    return value
 
 
 def _sums(text: str, count: int) -> np.ndarray:

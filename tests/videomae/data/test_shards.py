@@ -298,6 +298,17 @@ def test_refuses_a_json_that_contradicts_itself(tmp_path, sources, change, why):
         Video(read_index(folder).paths[0])
 
 
+def test_refuses_packets_and_places_that_are_no_whole_numbers(tmp_path, sources):
+    folder = make_set(tmp_path / "set", sources, layout="files")
+    path = folder / "files" / "class_0" / "clip_0.json"
+    facts = json.loads(path.read_text())
+    first = facts["streams"][0]
+    for change in ({"packets": [[n] for n in first["packets"]]}, {"packets": [0.5] * 3}, {"first": [48]}):
+        path.write_text(json.dumps({**facts, "streams": [{**first, **change}, *facts["streams"][1:]]}))
+        with pytest.raises(UnreadableVideo, match="damaged"):
+            Video(read_index(folder).paths[0])
+
+
 def rewrite(folder, number=0, **change):
     """Change one line of the index; None removes an entry."""
     lines = (folder / "index.jsonl").read_text().splitlines()
