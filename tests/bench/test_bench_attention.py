@@ -76,6 +76,7 @@ def test_it_proposes_what_it_timed():
     assert bench_attention.proposal([], [shape_of("vit_base")]) == {}
 
 
+@pytest.mark.long
 def test_a_back_end_that_is_usable_is_timed_over_both_sequences(monkeypatch):
     stand_in(monkeypatch, "flash-attn")
     for one in bench_attention.contests(TINY, Setting.cpu()):

@@ -159,6 +159,7 @@ def test_what_matters_most_comes_first():
     assert max(task.seconds for task in planned.values()) < 480 + gpu.OVERRUN
 
 
+@pytest.mark.long
 def test_the_command_runs_sections_of_steps(tmp_path, monkeypatch, capsys):
     """On a CPU that is said to be a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -314,6 +314,7 @@ def test_compiled_sides_run_compiled(monkeypatch):
     assert max(difference(r.losses, next(iter(results)).losses) for r in results) < 1e-5
 
 
+@pytest.mark.long
 def test_memory_and_depths_are_measured_with_the_clips_that_had_room(monkeypatch):
     asked, estimate = [], gpu_steps.estimate
     monkeypatch.setattr(gpu_steps, "estimate", lambda work, clips: asked.append((work, clips)) or estimate(work, clips))

@@ -376,6 +376,7 @@ def test_kernel_is_registered_as_torch_wants_it(error, writes, bare_kernel_devic
     torch.library.opcheck(rescale_op, (pred, torch.tensor(3.0, device=bare_kernel_device)))
 
 
+@pytest.mark.long
 def test_kernel_works_compiled(kernel_device):
     pred, clip, masked = kernel_case(torch.float32, kernel_device)
     weight = torch.tensor([0.5, 1.0], device=kernel_device)

@@ -203,7 +203,7 @@ def script():
 
 def test_the_page_s_torchrun_lines_are_read_by_torchrun():
     lines = re.findall(r"torchrun (?:[^\n]*\\\n)*[^\n]*", PAGE)
-    lines = [line for line in lines if " -m train." in line]
+    lines = [line for line in lines if " -m train.pretrain" in line]
     assert len(lines) == 3
     for line in lines:
         words = shlex.split(line.replace("\\\n", " ").replace("$SLURM_NNODES", "8"))

@@ -20,10 +20,10 @@ def settle_all(tasks, workers=2, timeout=60.0):
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
-        ("sleep in C", "took longer than 5 s"),
+        pytest.param("sleep in C", "took longer than 5 s", marks=pytest.mark.long),
         pytest.param("crash in C", "died (SIGSEGV)", marks=pytest.mark.long),
         pytest.param("exit", "died (exit code 7)", marks=pytest.mark.long),
-        pytest.param("kill", "died (SIGKILL)", marks=pytest.mark.long),
+        ("kill", "died (SIGKILL)"),
     ],
 )
 def test_a_worker_that_hangs_or_dies_costs_the_task_it_had(what, reason):

@@ -45,7 +45,7 @@ def test_a_member_cannot_lead_out_of_the_folder(member):
         ({"phases": [0, 4]}, "phases"),
         ({"fps": float("nan")}, "nan frames a second"),
         ({"fps": "25"}, "25 frames a second"),
-        ({"streams": [{**FACTS["streams"][0], "first": -4096}]}, "no frames"),
+        ({"streams": [{**FACTS["streams"][0], "first": -4096}]}, "whole number; got -4096"),
         ({"streams": [{**FACTS["streams"][0], "packets": [1 << 62] * 3}]}, "no frames"),
     ],
 )
