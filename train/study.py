@@ -35,8 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = Path(config.runs) / (config.name if config.name in _SINGLE else "ablations")
     at_once = config.jobs or (1 if torch.cuda.is_available() else available_cpus())
     with user_errors(PROG):
-        tables = TABLES.values() if config.name == "ablations" else [TABLES[config.name]]
-        ablations = None if config.name in _SINGLE else Ablations(list(tables), config, folder)
+        ablations = None
+        if config.name not in _SINGLE:
+            tables = tuple(TABLES.values()) if config.name == "ablations" else (TABLES[config.name],)
+            ablations = Ablations(tables, config, folder)
         jobs = ablations.jobs() if ablations else _SINGLE[config.name].jobs(config, folder)
     print(f"study {config.name}: {len(jobs)} runs, {at_once} at a time, in {folder}")
     try:

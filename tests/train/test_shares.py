@@ -294,7 +294,7 @@ def test_features_are_shared_by_more_processes_than_there_are_videos(labelled, w
     assert features([*flags, str(tmp_path / "one")]) == 1
     said = run(features, 3, *flags, tmp_path / "three", code=1)
     assert "0 videos of this share, shared by 3 processes" in said
-    assert "\n1 videos, 2 windows" in said
+    assert "\n1 video, 2 windows" in said
     assert "1 unreadable, listed in" in said
     found = [
         {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
