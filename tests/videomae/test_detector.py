@@ -162,7 +162,8 @@ def test_positions_are_kept_by_size_and_follow_the_model():
     assert torch.equal(table, interpolated_positions((2, 2, 2), (2, 3, 5), 8))
     # one made in inference serves training too
     assert not table.is_inference()
-    model.train().features(frames).sum().backward()
+    features = model.train().features(frames)
+    features.backward(torch.randn(features.shape))
     assert next(iter(model._tables.values())) is table
     assert not any("position" in name or "table" in name for name in model.state_dict())
     model.double().features(frames.double() / 255)
@@ -190,7 +191,7 @@ def test_interpolated_positions_survive_saving(tmp_path):
 def test_every_weight_has_a_gradient_that_is_its_own():
     model, frames = detector().double(), normalised(clips(40, 57))
     upstream = torch.randn(2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    (model(frames, BOXES.double()) * upstream).sum().backward()
+    model(frames, BOXES.double()).backward(upstream)
     assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in model.parameters())
     weight = model.norm.weight
     for i in (0, 5):
