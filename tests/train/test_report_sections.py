@@ -120,8 +120,10 @@ def test_an_evaluation_that_was_stopped_has_no_result(tmp_path):
 @pytest.mark.parametrize("damage", [{"plan": [1]}, {"versions": None}, {"command": None}, {"processes": {"a": 1}}])
 def test_does_without_what_an_older_record_lacks(tmp_path, damage):
     run = read_run(run_folder(tmp_path / "a", **damage))
-    for section in (sections.tiles, sections.changed, sections.repeat, sections.machine, sections.settings):
-        section(run)
+    assert ("Loss", "0.01", "0.1 at step 10") in sections.tiles(run)
+    for section in (sections.changed, sections.repeat, sections.machine):
+        assert isinstance(section(run), str)
+    assert "vit_mini" in sections.settings(run)  # what is not damaged is still told
 
 
 @pytest.mark.parametrize(
