@@ -14,18 +14,26 @@ from train.detect_recipes import DETECT
 from train.evaluate import EVALUATE
 from train.features import FeaturesConfig
 from train.finetune_recipes import FINETUNE
+from train.moco_recipes import MOCO
 from train.probe import ProbeConfig
 from train.recipes import PRETRAIN
 from train.study import StudyConfig
+from train.visualize import VisualizeConfig
 
 _RECIPES: dict[str, tuple[Any, str]] = {
     "pretrain": (PRETRAIN, "demo"),
+    "moco": (MOCO, "demo"),
     "finetune": (FINETUNE, "demo"),
     "detect": (DETECT, "demo"),
     "evaluate": (EVALUATE, next(iter(EVALUATE))),
     "plan": (PRETRAIN, "k400-base-800"),
 }
-_FLAGS: dict[str, type] = {"features": FeaturesConfig, "probe": ProbeConfig, "study": StudyConfig}
+_FLAGS: dict[str, type] = {
+    "features": FeaturesConfig,
+    "probe": ProbeConfig,
+    "study": StudyConfig,
+    "visualize": VisualizeConfig,
+}
 
 
 class CommandLines(Target):

@@ -1,14 +1,12 @@
 """Pictures of key frames: boxes, and beside them what the model says of each and what was annotated."""
 
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+from train.font import drawable, font
 
 # of the boxes, in turn; told apart on most pictures, and by those who tell red from green badly
 _COLOURS = ("#ffb000", "#00b4d8", "#ff5d8f", "#8ac926", "#c77dff", "#ff7b00", "#2ec4b6", "#ffffff")
@@ -27,31 +25,30 @@ class Boxed(NamedTuple):
 def draw_boxes(image: np.ndarray, boxed: Sequence[Boxed], title: str) -> Image.Image:
     """The key frame, uint8 [h, w, 3], with numbered boxes, and below it a line or two for each. A small one is
     enlarged."""
-    font, _ = _font()
     scale = max(_LEAST / max(image.shape[:2]), 1.0)
     size = round(image.shape[1] * scale), round(image.shape[0] * scale)
     frame = Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.BICUBIC)
-    lines = [line for number, one in enumerate(boxed) for line in _lines(number, one, size[0], font)]
+    lines = [line for number, one in enumerate(boxed) for line in _lines(number, one, size[0])]
     line_height = _FONT + 4
     sheet = Image.new("RGB", (size[0], line_height + 2 * _GAP + size[1] + _GAP + line_height * len(lines)), "#202020")
     pen = ImageDraw.Draw(sheet)
-    pen.text((_GAP, _GAP), _shortened(title, size[0], font), fill="white", font=font)
+    pen.text((_GAP, _GAP), _shortened(title, size[0]), fill="white", font=font(_FONT))
     top = line_height + 2 * _GAP
     sheet.paste(frame, (0, top))
     for number, one in enumerate(boxed):
-        _draw_box(pen, number, one, top, size, font)
+        _draw_box(pen, number, one, top, size)
     for place, (text, colour) in enumerate(lines):
-        pen.text((_GAP, top + size[1] + _GAP + place * line_height), text, fill=colour, font=font)
+        pen.text((_GAP, top + size[1] + _GAP + place * line_height), text, fill=colour, font=font(_FONT))
     return sheet
 
 
-def _draw_box(pen: ImageDraw.ImageDraw, number: int, one: Boxed, top: int, size: tuple[int, int], font: Font) -> None:
+def _draw_box(pen: ImageDraw.ImageDraw, number: int, one: Boxed, top: int, size: tuple[int, int]) -> None:
     x1, y1, x2, y2 = (float(side) * length for side, length in zip(one.box, (*size, *size), strict=True))
     colour = _COLOURS[number % len(_COLOURS)]
     pen.rectangle((x1, top + y1, max(x2 - 1, x1), top + max(y2 - 1, y1)), outline=colour, width=2)
     label = f"{number + 1} {one.best[0][0]} {one.best[0][1]:.2f}" if one.best else str(number + 1)
-    label = _shortened(label, size[0] - 4, font)
-    width = pen.textlength(label, font=font) + 4
+    label = _shortened(label, size[0] - 4)
+    width = pen.textlength(label, font=font(_FONT)) + 4
     # inside the picture, also for a box at its edge
     height = _FONT + 4
     upper = y1 - height
@@ -61,34 +58,22 @@ def _draw_box(pen: ImageDraw.ImageDraw, number: int, one: Boxed, top: int, size:
         upper = y2 if is_flat else 0
     left, upper = min(x1, size[0] - width), top + upper
     pen.rectangle((left, upper, left + width, upper + height), fill=colour)
-    pen.text((left + 2, upper + 1), label, fill="black", font=font)
+    pen.text((left + 2, upper + 1), label, fill="black", font=font(_FONT))
 
 
-def _lines(number: int, one: Boxed, width: int, font: Font) -> list[tuple[str, str]]:
+def _lines(number: int, one: Boxed, width: int) -> list[tuple[str, str]]:
     """Text and colour."""
     said = ", ".join(f"{name} {score:.2f}" for name, score in one.best) or "nothing"
-    lines = [(_shortened(f"{number + 1}  {said}", width, font), _COLOURS[number % len(_COLOURS)])]
+    lines = [(_shortened(f"{number + 1}  {said}", width), _COLOURS[number % len(_COLOURS)])]
     if one.annotated is not None:
         truth = ", ".join(one.annotated) or "nothing"
-        lines.append((_shortened(f"    annotated: {truth}", width, font), "#b0b0b0"))
+        lines.append((_shortened(f"    annotated: {truth}", width), "#b0b0b0"))
     return lines
 
 
-@cache
-def _font() -> tuple[ImageFont.FreeTypeFont, frozenset[int]]:
-    """What matplotlib brings, as the imaging library's own has no letters but English ones; and the codes that it
-    has."""
-    from matplotlib import get_data_path
-    from matplotlib.ft2font import FT2Font
-
-    path = Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    return ImageFont.truetype(path, _FONT), frozenset(FT2Font(str(path)).get_charmap())
-
-
-def _shortened(text: str, width: int, font: Font) -> str:
+def _shortened(text: str, width: int) -> str:
     """With an ellipsis where it is wider than the picture."""
-    _, letters = _font()
-    text = "".join(letter if ord(letter) in letters else "?" for letter in text)
-    while text and font.getlength(text) > width - 2 * _GAP:
+    text = drawable(text.replace("\n", "?"))
+    while text and font(_FONT).getlength(text) > width - 2 * _GAP:
         text = text[:-4] + "..." if len(text) > 4 else ""
     return text

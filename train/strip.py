@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from train.font import drawable, font
 
 _GAP, _FONT, _LINE = 6, 12, 16
 _NARROWEST = 520  # sheet: notes are read in lines, not in words
@@ -75,35 +75,11 @@ class _Pen:
         self._draw = ImageDraw.Draw(self.sheet)
 
     def write(self, left: int, top: int, text: str, colour: str) -> None:
-        for number, line in enumerate(_drawable(text).split("\n")):
-            self._draw.text((left, top + number * _LINE), line, fill=colour, font=_font())
+        for number, line in enumerate(drawable(text).split("\n")):
+            self._draw.text((left, top + number * _LINE), line, fill=colour, font=font(_FONT))
 
     def paste(self, left: int, top: int, image: np.ndarray) -> None:
         self.sheet.paste(Image.fromarray(np.ascontiguousarray(image)), (left, top))
-
-
-@cache
-def _font() -> ImageFont.FreeTypeFont:
-    # what matplotlib brings: the imaging library's own has no letters but English ones
-    return ImageFont.truetype(_font_path(), _FONT)
-
-
-def _font_path() -> Path:
-    from matplotlib import get_data_path
-
-    return Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-
-
-@cache
-def _letters() -> frozenset[int]:
-    from matplotlib.ft2font import FT2Font
-
-    return frozenset(FT2Font(str(_font_path())).get_charmap())
-
-
-def _drawable(text: str) -> str:
-    """Names of files may have letters that the font has not."""
-    return "".join(letter if letter == "\n" or ord(letter) in _letters() else "?" for letter in text)
 
 
 def _height_of(text: str) -> int:
@@ -111,7 +87,7 @@ def _height_of(text: str) -> int:
 
 
 def _width_of(text: str) -> int:
-    return max(math.ceil(_font().getlength(line)) for line in _drawable(text).split("\n"))
+    return max(math.ceil(font(_FONT).getlength(line)) for line in drawable(text).split("\n"))
 
 
 def _broken(text: str, width: int) -> str:

@@ -31,8 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     config = parse_flags(given, StudyConfig, prog=PROG, about=about)
     begin = time.monotonic()
-    # tables of the ablations share their runs
-    folder = Path(config.runs) / (config.name if config.name in _SINGLE else "ablations")
+    # tables of the ablations share their runs and their page
+    name = config.name if config.name in _SINGLE else "ablations"
+    folder, out = Path(config.runs) / name, Path(config.out) / name
     at_once = config.jobs or (1 if torch.cuda.is_available() else available_cpus())
     with user_errors(PROG):
         ablations = None
@@ -49,12 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stopped:
         print(f"{PROG}: stopped; the same command goes on", file=sys.stderr)
         return 143 if isinstance(stopped, Terminated) else 130
-    out, took = Path(config.out) / config.name, time.monotonic() - begin
     out.mkdir(parents=True, exist_ok=True)
     if ablations:
-        print("\n".join(write(ablations, jobs, seconds, took, out)))
+        with user_errors(PROG):
+            print("\n".join(write(ablations, seconds, out)))
     else:
-        _SINGLE[config.name].report(config, folder, jobs, seconds, took)
+        _SINGLE[config.name].report(config, folder, jobs, seconds, time.monotonic() - begin)
     return 0
 
 

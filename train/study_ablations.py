@@ -5,6 +5,7 @@ Lines that share a pre-training share its run, so that all tables together cost 
 """
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -51,17 +52,14 @@ class Found:
     tuned: tuple[float, ...]  # top-1, %
     linear: tuple[float, ...]
     rate: float  # at which it was fine-tuned
-    minutes: float = 0.0  # of pre-training, one core
+    minutes: float = 0.0  # of pre-training with the first seed, one core
     clips: float = 0.0  # seen in it
     peak: int = 0  # bytes of a step, estimated
+    loss: float = 0.0  # over its last tenth
 
     @property
     def mean(self) -> float:
         return statistics.fmean(self.tuned)
-
-    @property
-    def deviation(self) -> float:
-        return statistics.stdev(self.tuned) if len(self.tuned) > 1 else 0.0
 
 
 class Ablations:
@@ -69,7 +67,7 @@ class Ablations:
 
     def __init__(self, tables: Sequence[Table], config: StudyConfig, folder: Path) -> None:
         """folder: of the runs."""
-        self.tables, self.config, self._folder = tuple(tables), config, folder
+        self.tables, self.config, self.folder = tuple(tables), config, folder
         self._jobs: dict[str, Job] = {}
 
     @property
@@ -77,8 +75,10 @@ class Ablations:
         return self.config.steps or STEPS
 
     @property
-    def epochs(self) -> float:
-        return self.config.epochs or EPOCHS
+    def settings(self) -> dict[str, float]:
+        """Steps of pre-training, labelled clips, epochs over them."""
+        config = self.config
+        return {"steps": self.steps, "labels": config.labels or LABELS, "epochs": config.epochs or EPOCHS}
 
     def seeds(self, line: Line) -> range:
         return range(min(self.config.seeds, line.seeds or self.config.seeds))
@@ -86,23 +86,26 @@ class Ablations:
     # -- the runs
 
     def jobs(self) -> list[Job]:
-        """Every command once, pre-training first, the longest of it at the beginning."""
+        """Every command once, table by table; of each pre-training first, the longest of it at the beginning."""
         self._jobs = {}
+        ordered: list[Job] = []
         for table in self.tables:
             for line in table.lines:
                 for seed in self.seeds(line):
                     self._of(line, seed)
-        return sorted(self._jobs.values(), key=lambda job: (bool(job.needs), -_length(job)))
+            own = list(self._jobs.values())[len(ordered) :]
+            ordered += sorted(own, key=lambda job: (bool(job.needs), -_length(job)))
+        return ordered
 
     def _of(self, line: Line, seed: int) -> None:
         before = None if line.before is None else self._before(line.before, seed)
-        labelled = self._labelled(line.look, line.labels or self.config.labels or LABELS)
+        labelled = self._labelled(line.look, line.labels or int(self.settings["labels"]))
         start = () if before is None else ("--weights", str(before))
         needs = () if before is None else (before.name,)
         geometry = self._geometry(line.before)
         for i in self.rates(line):
             rate = FINETUNE["demo"]().optim.base_lr * FINETUNE_RATES[i]
-            flags = (*_flags(_GEOMETRY), "--epochs", f"{self.epochs:g}", "--optim.base-lr", f"{rate:.6g}")
+            flags = (*_flags(_GEOMETRY), "--epochs", f"{self.settings['epochs']:g}", "--optim.base-lr", f"{rate:.6g}")
             fresh = ("--positions", "fresh") if before is not None and geometry != _GEOMETRY else ()
             tune = ("train.finetune", "demo", "--data", str(labelled), *flags, *start, *fresh)
             self._add(self.tune_run(line, i, seed), tune, seed, needs)
@@ -135,21 +138,21 @@ class Ablations:
         return range(len(FINETUNE_RATES)) if line.tuned else (CHOSEN,)
 
     def pretrain_run(self, before: Before, seed: int) -> Path:
-        return self._folder / f"{before.name}-{seed}"
+        return self.folder / f"{before.name}-{seed}"
 
     def tune_run(self, line: Line, rate: int, seed: int) -> Path:
-        return self._folder / f"{_line_name(line)}-tuned-{rate}-{seed}"
+        return self.folder / f"{_line_name(line)}-tuned-{rate}-{seed}"
 
     def probe_run(self, line: Line, seed: int) -> Path:
-        return self._folder / f"{_line_name(line)}-linear-{seed}"
+        return self.folder / f"{_line_name(line)}-linear-{seed}"
 
     # -- data
 
     def _unlabelled(self, look: Look, videos: int | None) -> Path:
-        return self._part(look, "train", videos, self._folder / f"videos-{look}-{videos or 'all'}.csv")
+        return self._part(look, "train", videos, self.folder / f"videos-{look}-{videos or 'all'}.csv")
 
     def _labelled(self, look: Look, labels: int) -> Path:
-        home = self._folder / f"labelled-{look}-{labels}"
+        home = self.folder / f"labelled-{look}-{labels}"
         self._part(look, "train", labels, home / "train.csv")
         self._part(look, "test", None, home / "test.csv")
         (home / "classes.txt").write_text((self._rendered[look].parent / "classes.txt").read_text())
@@ -195,12 +198,14 @@ class Ablations:
 
 
 def _cost(run: Path) -> dict[str, Any]:
-    """Of a pre-training run: minutes by its usual rate, clips, bytes at a step's peak."""
+    """Of a pre-training run: minutes by its usual rate, clips, bytes at a step's peak, loss."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     plan = json.loads((run / "config.json").read_text())["plan"]
     clips = plan["steps"] * plan["clips_per_step"]
     rate = statistics.median(line["clips_per_second"] for line in lines)
-    return {"minutes": clips / rate / 60, "clips": clips, "peak": plan["peak_bytes"]}
+    last = lines[-math.ceil(len(lines) / 10) :]
+    loss = statistics.fmean(line["loss"] for line in last)
+    return {"minutes": clips / rate / 60, "clips": clips, "peak": plan["peak_bytes"], "loss": loss}
 
 
 _GEOMETRY = {"--model.frames": "16", "--model.cube": "2 8 8"}

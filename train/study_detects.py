@@ -14,7 +14,7 @@ from train.checkpoint import checkpoints
 from train.detect_recipes import DETECT
 from train.run import demo_scenes
 from train.study_jobs import Job
-from train.study_rows import Row, StudyConfig, draw_rows, last_value, said_of, table, write_record
+from train.study_rows import Row, StudyConfig, draw_rows, last_value, said_of, spread, table, write_record
 
 _LABELS, _EPOCHS = 1200, 10.0  # scenes of two boxes each; epochs over them
 # times the recipe's learning rate, which was chosen for the first row; in every other row the best of them counts
@@ -109,7 +109,7 @@ def report(config: StudyConfig, folder: Path, jobs: Sequence[Job], seconds: dict
         rows, out / "map.png", f"mAP@0.5, %; dots: seeds; dotted: chance; {scenes} labelled scenes", chance=100 / 12
     )
     for row in rows:
-        print(f"{row.title:<52} {row.mean:5.1f} ± {row.deviation:.1f}")
+        print(f"{row.title:<52} {spread(row.values)}")
     print(f"written: {out / 'README.md'}, {out / 'map.png'}, {out / 'study.json'}")
 
 

@@ -14,7 +14,7 @@ from train.checkpoint import checkpoints
 from train.finetune_recipes import FINETUNE
 from train.run import demo_list
 from train.study_jobs import Job
-from train.study_rows import Row, StudyConfig, draw_rows, last_value, said_of, table, write_record
+from train.study_rows import Row, StudyConfig, draw_rows, last_value, said_of, spread, table, write_record
 from videomae.data.dataset import find_videos
 
 _LABELS, _EPOCHS = 504, 5.0  # labelled clips, an equal number of every class; epochs over them
@@ -130,7 +130,7 @@ def report(config: StudyConfig, folder: Path, jobs: Sequence[Job], seconds: dict
     draw_rows(rows, out / "accuracy.png", label, chance=100 / 12)
     for row in rows:
         note = f"  ({row.note})" if row.note else ""
-        print(f"{row.name:<42} {row.mean:5.1f} ± {row.deviation:.1f}{note}")
+        print(f"{row.name:<42} {spread(row.values)}{note}")
     print(f"written: {out / 'README.md'}, {out / 'accuracy.png'}, {out / 'study.json'}")
 
 

@@ -1,18 +1,16 @@
 """What the ablation study says: a page of tables with the paper's figures beside ours, a plot of each, the record."""
 
-import json
 import statistics
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from train.record import surroundings
-from train.study_ablations import LABELS, Ablations, Found
-from train.study_jobs import Job
-from train.study_rows import PROG
+from train.study_ablations import Ablations, Found
+from train.study_records import Record, read_records, write_record
+from train.study_rows import each, spread
 from train.study_tables import Table
+from videomae.wording import counted
 
 CHANCE = 100 / 12
 _STAND_IN = (
@@ -23,74 +21,75 @@ _STAND_IN = (
 )
 
 
-def write(study: Ablations, jobs: Sequence[Job], seconds: dict[str, float], took: float, out: Path) -> list[str]:
-    """Write README.md, a plot for each table and study.json into out; the lines that a terminal is told."""
+def write(study: Ablations, seconds: Mapping[str, float], out: Path) -> list[str]:
+    """Write the record and the plot of every table of the study into out, and README.md of all that are there; the
+    lines that a terminal is told. seconds: of every run. Raises ValueError where a record there is of another study."""
     out.mkdir(parents=True, exist_ok=True)
-    found = {table.name: study.read(table) for table in study.tables}
-    around = surroundings()
-    parts = [_head(study, seconds, around)]
-    said = []
     for table in study.tables:
-        rows = found[table.name]
-        parts.append(section(table, rows))
-        said += ["", table.title, *_plain(rows)]
-        _draw(table, rows, out / f"{table.name}.png")
-    (out / "README.md").write_text("\n".join(parts) + "\n")
-    record = {
-        "command": [PROG, *sys.argv[1:]],
-        "seconds": round(took, 1),
-        "tables": {table.name: [_recorded(row) for row in found[table.name]] for table in study.tables},
-        "runs": {job.name: {"command": list(job.arguments), "seconds": seconds[job.name]} for job in jobs},
-        **around,
-    }
-    (out / "study.json").write_text(json.dumps(record, indent=1) + "\n")
-    return [*said, "", f"written: {out / 'README.md'}, {len(study.tables)} plots, {out / 'study.json'}"]
+        write_record(study, table, seconds, out / f"{table.name}.json")
+    said = []
+    records = read_records(out)
+    for record in records:
+        if record.table in study.tables:
+            said += ["", record.table.title, *_plain(record.rows)]
+            _draw(record.table, record.rows, out / f"{record.table.name}.png")
+    (out / "README.md").write_text("\n".join([_head(records), *map(section, records)]) + "\n")
+    return [*said, "", f"written: {out / 'README.md'} of {counted(len(records), 'table')}, a record and a plot of each"]
 
 
-def _head(study: Ablations, seconds: dict[str, float], around: dict[str, Any]) -> str:
-    name = study.config.name
+def _head(records: Sequence[Record]) -> str:
+    runs = {name: seconds for record in records for name, seconds in record.runs.items()}
     return "\n".join(
         (
-            "# The paper's ablations, in small" if len(study.tables) > 1 else f"# {study.tables[0].title}",
+            "# The paper's ablations, in small",
             "",
             _STAND_IN,
             "",
-            f"Pre-training: {study.steps:,} steps of 32 clips of the 4,800 without labels, tube mask of 90 %, decoder "
-            "of 2 blocks, where a line",
-            f"says nothing else. Then {study.config.labels or LABELS} labelled clips for {study.epochs:g} epochs; top-1"
-            " in per cent of 480 test clips (chance: 8.3),",
-            "fine-tuned and by a linear classifier on the frozen features. ± is the standard deviation over seeds, "
-            "which are listed; lines without",
-            "it are of one seed, and differences of a few points mean nothing there.",
+            "Every line is an encoder that was pre-trained in its own way on the same 4,800 clips without labels: in "
+            "steps of 32 clips, with a tube",
+            "mask of 90 % and a decoder of 2 blocks, where it says nothing else. Then it was fine-tuned on labelled "
+            "clips: top-1 in per cent of 480",
+            "test clips (chance: 8.3); linear is a linear classifier on the frozen features. ± is the standard "
+            "deviation over seeds, which are listed;",
+            "lines without it are of one seed, and differences of a few points mean nothing there.",
             "",
-            f"Made by `{PROG} {name}`: {len(seconds)} runs, {sum(seconds.values()) / 3600:.1f} hours of one core in "
-            "all.",
-            f"torch {around['versions']['torch']}, {around['gpu'] or 'CPU'}, commit {around['commit']}. Every command "
-            "and its time: `study.json`.",
+            f"Tables share runs: {len(runs)} in all, {sum(runs.values()) / 3600:.1f} hours of one core. Each has its "
+            "values, every command with its time,",
+            "versions and machine in its JSON file here; its command makes it again, and goes on where it was stopped.",
             "",
         )
     )
 
 
-def section(table: Table, rows: Sequence[Found]) -> str:
-    """A table with the paper's columns, its plot, and how the order compares."""
-    titles = ["", "fine-tuned", "seeds", "linear", *(("memory", "minutes") if table.costs else ())]
+def section(record: Record) -> str:
+    """A table with the paper's columns, its plot, how the order compares, and where it comes from."""
+    table, rows = record.table, record.rows
+    titles = ["", "fine-tuned", "seeds", "linear", *(("loss",) if table.losses else ())]
+    titles += ["memory", "minutes"] if table.costs else []
     titles += [f"paper, {title}" for title in table.paper]
     lines = [f"## {table.title}", "", table.about, "", _row(titles), _row(["---"] * len(titles))]
     for row in rows:
-        cells = [row.line.title, _value(row.tuned), ", ".join(f"{v:.1f}" for v in row.tuned), _value(row.linear)]
+        cells = [row.line.title, spread(row.tuned), each(row.tuned), spread(row.linear)]
+        cells += [f"{row.loss:.3f}" if row.loss else "–"] if table.losses else []
         if table.costs:
             cells += [f"{row.peak / 1e6:.0f} MB" if row.peak else "–", f"{row.minutes:.1f}" if row.minutes else "–"]
-        cells += row.line.paper or ["–"] * len(table.paper)
-        lines.append(_row(cells))
-    if table.costs:
-        lines += ["", "Memory: of a step of pre-training, estimated; minutes: of pre-training, on one core."]
+        lines.append(_row([*cells, *(row.line.paper or ["–"] * len(table.paper))]))
     lines += ["", f"![{table.title}]({table.name}.png)", ""]
-    verdicts = [verdict(first, second, rows) for first, second in table.order]
-    lines += [f"- {text}" for text in verdicts]
-    if table.why:
-        lines += ["", table.why] if verdicts else [table.why]
-    return "\n".join([*lines, ""])
+    notes = [verdict(first, second, rows) for first, second in table.order]
+    lines += [f"- {text}" for text in notes]
+    lines += ["", table.why] if table.why else []
+    return "\n".join([*lines, "", _origin(record), ""])
+
+
+def _origin(record: Record) -> str:
+    hours, around, settings = sum(record.runs.values()) / 3600, record.around, record.settings
+    costs = " Memory: of a step of pre-training, estimated; minutes: of pre-training, on one core."
+    return (
+        f"`{record.command}`, {record.date}: {settings['steps']:,} steps, {settings['labels']} labelled clips for "
+        f"{settings['epochs']:g} epochs; {len(record.runs)} runs, {hours:.1f} hours of one core; "
+        f"torch {around['versions']['torch']}, {around['gpu'] or 'CPU'}, commit {around['commit']}."
+        f"{costs if record.table.costs else ''}"
+    )
 
 
 def verdict(first: str, second: str, rows: Sequence[Found]) -> str:
@@ -99,7 +98,8 @@ def verdict(first: str, second: str, rows: Sequence[Found]) -> str:
     gap = better.mean - worse.mean
     seeds = min(len(better.tuned), len(worse.tuned))
     if seeds > 1:
-        error = statistics.fmean((better.deviation**2, worse.deviation**2)) ** 0.5 * (2 / seeds) ** 0.5
+        variances = statistics.variance(better.tuned), statistics.variance(worse.tuned)
+        error = statistics.fmean(variances) ** 0.5 * (2 / seeds) ** 0.5
         doubt = f", within twice its standard error ({error:.1f})" if abs(gap) < 2 * error else ""
     else:
         doubt = ", one seed"
@@ -111,38 +111,21 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _value(values: Sequence[float]) -> str:
-    if not values:
-        return "–"
-    mean = f"{statistics.fmean(values):.1f}"
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
-
-
 def _plain(rows: Sequence[Found]) -> list[str]:
     width = max(len(row.line.title) for row in rows)
-    return [f"  {row.line.title:<{width}}  {_value(row.tuned):>12}  linear {_value(row.linear):>12}" for row in rows]
-
-
-def _recorded(row: Found) -> dict[str, Any]:
-    return {
-        "title": row.line.title,
-        "paper": list(row.line.paper),
-        "top1": list(row.tuned),
-        "linear": list(row.linear),
-        "base_lr": row.rate,
-        "minutes": round(row.minutes, 2),
-        "clips": row.clips,
-        "peak_bytes": row.peak,
-    }
+    return [f"  {row.line.title:<{width}}  {spread(row.tuned):>12}  linear {spread(row.linear):>12}" for row in rows]
 
 
 def _draw(table: Table, rows: Sequence[Found], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    height = 4.2 if table.axis else 0.55 * len(rows) + 1.6
-    figure = Figure(figsize=(8, height), layout="constrained")
-    axes = figure.subplots()
+    # of one loss a second picture
+    losses = bool(table.axis) and table.losses
+    figure = Figure(figsize=(11 if losses else 8, 4.2 if table.axis else 0.55 * len(rows) + 1.6), layout="constrained")
+    axes, *others = figure.subplots(1, 1 + losses, squeeze=False)[0]
     (_curves if table.axis else _bars)(axes, table, rows)
+    for other in others:
+        _losses(other, table, rows)
     axes.set_title(table.title, loc="left")
     figure.savefig(path, dpi=110)
 
@@ -176,11 +159,29 @@ def _curves(axes: Any, table: Table, rows: Sequence[Found]) -> None:
             frozen = f"{name}, linear, frozen" if name else "linear, frozen"
             axes.plot(places, values, "s--", color=drawn.get_color(), alpha=0.6, label=frozen)
         ticks = sorted({*ticks, *places})
+    _place(axes, table, ticks)
+    axes.axhline(CHANCE, color="black", linestyle=":", linewidth=1)
+    axes.set(ylim=(0, 100), ylabel="top-1, %; dotted: chance")
+    axes.legend(fontsize=8)
+
+
+def _losses(axes: Any, table: Table, rows: Sequence[Found]) -> None:
+    """Of pre-training, and where a line's costs matter its minutes."""
+    places = [row.line.x or 0.0 for row in rows]
+    axes.plot(places, [row.loss for row in rows], "o-", color="tab:green")
+    axes.set_title("loss of pre-training", loc="left", color="tab:green")
+    _place(axes, table, places)
+    if table.costs:
+        right = axes.twinx()
+        right.plot(places, [row.minutes for row in rows], "s--", color="tab:red")
+        right.set_title("minutes, one core", loc="right", color="tab:red")
+        right.set_ylim(bottom=0)
+
+
+def _place(axes: Any, table: Table, ticks: Sequence[float]) -> None:
     if max(ticks) / min(ticks) >= 8:
         axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{x:,g}" for x in ticks])
     axes.minorticks_off()
-    axes.axhline(CHANCE, color="black", linestyle=":", linewidth=1)
-    axes.set(ylim=(0, 100), xlabel=table.axis, ylabel="top-1, %; dotted: chance")
-    axes.legend(fontsize=8)
+    axes.set_xlabel(table.axis)
     axes.grid(alpha=0.3)

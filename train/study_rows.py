@@ -69,20 +69,24 @@ class Row:
         return statistics.fmean(self.values)
 
     @property
-    def deviation(self) -> float:
-        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
-
-    @property
     def title(self) -> str:
         return f"{self.name} ({self.note})" if self.note else self.name
 
 
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation; of one value itself, of none a dash."""
+    if len(values) < 2:
+        return f"{values[0]:.1f}" if values else "–"
+    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def each(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.1f}" for value in values)
+
+
 def table(rows: Sequence[Row], measure: str) -> str:
     """In Markdown: mean and standard deviation, then each seed."""
-    lines = [
-        f"| {row.title} | {row.mean:.1f} ± {row.deviation:.1f} | {', '.join(f'{value:.1f}' for value in row.values)} |"
-        for row in rows
-    ]
+    lines = [f"| {row.title} | {spread(row.values)} | {each(row.values)} |" for row in rows]
     return "\n".join((f"| | {measure} | seeds |", "| --- | --- | --- |", *lines))
 
 

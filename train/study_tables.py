@@ -49,6 +49,7 @@ class Table:
     why: str = ""
     axis: str = ""  # of a curve
     costs: bool = False  # memory and time of pre-training are shown
+    losses: bool = False  # its last losses as well, where lines have the same loss
 
 
 TUBE = Before("videomae")
@@ -64,6 +65,10 @@ _K400, _SSV2 = "K400", "SSv2"
 
 def _mask(kind: str, ratio: float) -> Before:
     return Before(f"{kind}-{ratio:g}", flags={"--mask.kind": kind, "--mask.ratio": f"{ratio:g}"})
+
+
+def _depth(blocks: int) -> Before:
+    return Before(f"depth-{blocks}", flags={"--model.decoder-depth": f"{blocks}"})
 
 
 def _labels(title: str, before: Before | None) -> tuple[Line, ...]:
@@ -118,9 +123,7 @@ DEPTH = Table(
     "Decoder depth",
     "Blocks of the decoder; the paper's memory is of one GPU.",
     tuple(
-        Line(f"{depth}", Before(f"depth-{depth}", flags={"--model.decoder-depth": f"{depth}"}), paper)
-        if depth != 2
-        else Line("2", TUBE, paper)
+        Line(f"{depth}", TUBE if depth == 2 else _depth(depth), paper, x=depth)
         for depth, paper in (
             (1, ("68.5", "79.0", "7.9 GB")),
             (2, ("69.2", "79.2", "10.2 GB")),
@@ -129,7 +132,9 @@ DEPTH = Table(
         )
     ),
     (_SSV2, _K400, "memory"),
+    axis="blocks of the decoder",
     costs=True,
+    losses=True,
 )
 LOSS = Table(
     "loss",
@@ -156,6 +161,7 @@ SCHEDULE = Table(
     ),
     order=(("double", "whole"), ("whole", "half"), ("half", "a quarter")),
     axis="times the study's steps",
+    losses=True,
 )
 VIDEOS = Table(
     "videos",
@@ -169,6 +175,7 @@ VIDEOS = Table(
     ),
     order=(("all 4,800", "75"),),
     axis="videos",
+    losses=True,
 )
 LABELS = Table(
     "labels",
@@ -205,5 +212,7 @@ RATES = Table(
         for title, before in (("MoCo v3", MOCO), ("VideoMAE", TUBE))
         for name, rate in (("half", 0.5), ("chosen", 1.0), ("double", 2.0))
     ),
+    losses=True,
 )
-TABLES = {table.name: table for table in (START, RATES, MASKS, RATIO, DEPTH, LOSS, SCHEDULE, VIDEOS, LABELS, TRANSFER)}
+_ALL = (START, MASKS, LABELS, DEPTH, LOSS, TRANSFER, RATIO, SCHEDULE, VIDEOS, RATES)
+TABLES = {table.name: table for table in _ALL}

@@ -40,6 +40,7 @@ from videomae.weights import model_from
 PROG = "python -m train.visualize"
 _DEFAULT = Sampling("dense", 4)  # where the weights do not say
 _SLOWEST, _FASTEST = 2.0, 8.0  # frames a second of a film: what can be followed
+_MOST_CUBES = 2**16  # of a clip: forty times what the recipes train with
 
 _EXAMPLES = (
     f"{PROG} video.mp4 --weights runs/pretrain-demo",
@@ -242,6 +243,8 @@ def _shaped(model: VideoMAE | Encoder, config: VisualizeConfig) -> VideoMAE | En
     old = model.input
     size = config.wanted_size or old.size
     input = replace(old, frames=config.frames or old.frames, image_size=size)
+    clip = f"a clip of {input.frames:,} x {size[0]:,} x {size[1]:,} has {input.num_cubes:,} cubes"
+    check(input.num_cubes <= _MOST_CUBES, f"{clip}; pictures are drawn of up to {_MOST_CUBES:,}")
     if input.grid != old.grid:
         origin = (old.positions_of or old.grid) if config.positions == "interpolate" else None
         input = replace(input, positions_of=origin)

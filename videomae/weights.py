@@ -24,15 +24,18 @@ from kernels.launch import check
 from videomae import hugging_face, image_weights, metadata
 from videomae.classifier import Classifier
 from videomae.command_line import Parser, run_main
-from videomae.detector import AVA_MEAN, AVA_STD, Detector
+from videomae.detector import Detector
 from videomae.inputs import POSITIONS, Positions, adopt, choose_positions, set_normalization, set_positions
-from videomae.model import SIZES, Encoder, Input, Size, VideoMAE
-from videomae.weight_files import Stated, Stored, read, write_atomically
-from videomae.weight_names import NOT_ALWAYS, Known, bare, depth_of, listing, match
+from videomae.model import Encoder, Input, VideoMAE
+from videomae.weight_files import Stated, read, write_atomically
+from videomae.weight_models import build, checked, identify, parts_of
+from videomae.weight_names import NOT_ALWAYS, Known, bare, listing, match
+from videomae.weight_summary import describe
 from videomae.wording import counted
 
 __all__ = [
     "Report",
+    "describe",
     "load_weights",
     "model_from",
     "save_hugging_face",
@@ -80,7 +83,7 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any], *, po
     resized; a file without frames and image size counts as 16 and 224.
     """
     check(positions in POSITIONS, f"positions must be one of {', '.join(POSITIONS)}; got {positions!r}")
-    return _load(_checked(model), _identify(read(source)), positions)
+    return _load(checked(model), identify(read(source)), positions)
 
 
 def model_from(source: str | Path | Mapping[str, Any]) -> tuple[VideoMAE | Encoder, Report]:
@@ -89,8 +92,8 @@ def model_from(source: str | Path | Mapping[str, Any]) -> tuple[VideoMAE | Encod
     Sources and errors as `load_weights`. Frames and image size are 16 and 224 where the file does not say; an image
     transformer becomes an Encoder, its cubes of two frames.
     """
-    known = _identify(read(source))
-    model = _build(known)
+    known = identify(read(source))
+    model = build(known)
     return model, _load(model, known, "fresh")
 
 
@@ -106,7 +109,7 @@ def copy_weights(model: nn.Module) -> Callable[[str | Path], None]:
 
 
 def _writer_of(model: nn.Module, tensors: dict[str, Tensor]) -> Callable[[str | Path], None]:
-    kind, encoder = _parts(model)
+    kind, encoder = parts_of(model)
     depth = len(model.decoder.blocks) if isinstance(model, VideoMAE) else None
     own: dict[str, Any] = {}
     if isinstance(model, VideoMAE):
@@ -125,7 +128,7 @@ def save_official(model: nn.Module, path: str | Path) -> None:
 
     ValueError where positions are interpolated: the official code would compute its own.
     """
-    _check_positions(_parts(model)[1].input)
+    _check_positions(parts_of(model)[1].input)
     tensors = _tensors_of(model)
     write_atomically(Path(path), lambda file: torch.save({"model": tensors}, file))
 
@@ -136,7 +139,7 @@ def save_hugging_face(model: nn.Module, folder: str | Path) -> None:
     ValueError unless cubes are square, where positions are interpolated, as transformers would compute its own, and for
     a detector, which it does not have.
     """
-    kind, encoder = _parts(model)
+    kind, encoder = parts_of(model)
     check(kind != "detector", "transformers has no VideoMAE that detects: --to official, save_official or save_weights")
     _check_positions(encoder.input)
     folder = Path(folder)
@@ -186,79 +189,8 @@ def _ids_of(model: Detector) -> tuple[int, ...] | None:
     return ids
 
 
-def _checked(model: nn.Module) -> VideoMAE | Encoder:
-    if not isinstance(model, VideoMAE | Encoder):
-        raise ValueError(
-            f"weights are those of a VideoMAE, Encoder, Classifier or Detector; got {type(model).__name__}"
-        )
-    return model
-
-
-def _parts(model: nn.Module) -> tuple[str, Encoder]:
-    """The model's kind and its encoder."""
-    model = _checked(model)
-    if isinstance(model, VideoMAE):
-        return "pretrain", model.encoder
-    if isinstance(model, Detector):
-        return "detector", model
-    return ("classifier" if isinstance(model, Classifier) else "encoder"), model
-
-
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-
-
-def _identify(stored: Stored) -> Known:
-    if metadata.is_ours(stored.metadata):
-        return Known("videomae", stored.source, stored.tensors, metadata.stated_in(stored.metadata, stored.source))
-    if image_weights.is_image(stored.tensors):
-        found = image_weights.to_official(stored.tensors, stored.source)
-        stated = image_weights.stated_in(stored.config, stored.preprocessor)
-        return Known(found.format, stored.source, found.tensors, stated, found.dropped)
-    if hugging_face.is_hugging_face(list(stored.tensors)):
-        stated = hugging_face.stated_in(stored.config, stored.preprocessor)
-        return Known("hugging face", stored.source, hugging_face.to_official(stored.tensors), stated)
-    return Known("official", stored.source, stored.tensors, Stated())
-
-
-def _build(known: Known) -> VideoMAE | Encoder:
-    """A model of the tensors' sizes, its weights still its own."""
-    tensors, stated = {bare(name): tensor for name, tensor in known.tensors.items()}, known.stated
-    size, cube = _sizes_of(known, tensors)
-    input = Input(stated.frames or 16, stated.image_size or 224, cube)
-    if "mask_token" in tensors:
-        return VideoMAE(size, input, decoder_depth=depth_of(tensors, "decoder.blocks"))
-    if "head.weight" not in tensors:
-        return Encoder(size, input, final_norm="norm.weight" in tensors)
-    num_classes = tensors["head.weight"].shape[:1].numel()
-    if known.is_detector:
-        # an official file does not say what its frames are normalised with
-        input = replace(input, mean=stated.mean or AVA_MEAN, std=stated.std or AVA_STD)
-        return Detector(size, input, num_classes=num_classes, aligned=bool(stated.aligned))
-    return Classifier(size, input, num_classes=num_classes)
-
-
-def _sizes_of(known: Known, tensors: Mapping[str, Tensor]) -> tuple[Size, tuple[int, int, int]]:
-    """The model's size and its cube; ValueError where the tensors, by bare names, are no VideoMAE's or do not tell."""
-    stated, projection = known.stated, tensors.get("patch_embed.proj.weight")
-    if projection is None or projection.ndim != (4 if known.is_image else 5):
-        raise ValueError(f"{known.source} is no VideoMAE: it has no patch_embed.proj.weight of five axes")
-    width, _, *sides = projection.shape
-    slots, rows, columns = [2, *sides] if known.is_image else sides
-    row = next((size for size in SIZES.values() if size.width == width), None)
-    heads = stated.heads or (row.heads if row else 0)
-    if not heads:
-        raise ValueError(f"{known.source} has width {width}, which is no known size, and does not say how many heads")
-    token = tensors.get("mask_token")
-    decoder_width = stated.decoder_width or (row.decoder_width if row else width // 2)
-    if token is not None:
-        decoder_width = token.numel()
-    # V2's huge has the decoder of V1's large
-    usual = {size.decoder_width: size.decoder_heads for size in SIZES.values()}
-    decoder_heads = stated.decoder_heads or usual.get(decoder_width) or max(decoder_width // 64, 1)
-    depths = [depth_of(tensors, prefix) for prefix in ("blocks", "decoder.blocks")]
-    check(sum(depths) <= len(tensors), f"{known.source} names blocks {depths}, but has only {len(tensors)} tensors")
-    return Size(width, depths[0], heads, decoder_width, decoder_heads), (slots, rows, columns)
 
 
 def _load(model: VideoMAE | Encoder, known: Known, positions: Positions) -> Report:
@@ -361,7 +293,7 @@ def _name_classes(model: Classifier | Detector, stated: Stated) -> list[str]:
 
 def _compare(model: VideoMAE | Encoder, known: Known) -> list[str]:
     """Messages about harmless differences between model and source; ValueError where they compute different things."""
-    size, input, stated = _parts(model)[1].size, model.input, known.stated
+    size, input, stated = parts_of(model)[1].size, model.input, known.stated
     pairs: list[tuple[str, Any, Any]] = [
         ("width", stated.width, size.width),
         ("depth", stated.depth, size.depth),
@@ -383,37 +315,6 @@ def _compare(model: VideoMAE | Encoder, known: Known) -> list[str]:
         for name, theirs, ours in geometry
         if theirs not in (None, ours)
     ]
-
-
-def describe(source: str | Path | Mapping[str, Any]) -> str:
-    """What the file is, in lines: kind and size of the model, its clips, classes and sampling."""
-    known = _identify(read(source))
-    # nothing is computed: only the sizes are wanted
-    with torch.device("meta"):
-        model = _build(known)
-    (kind, encoder), stated = _parts(model), known.stated
-    size, input = encoder.size, encoder.input
-    depth = f", decoder of {len(model.decoder.blocks)} blocks" if isinstance(model, VideoMAE) else ""
-    depth += f", {counted(model.head.out_features, 'class')}" if isinstance(model, Classifier | Detector) else ""
-    name = next((name for name, row in SIZES.items() if (row.width, row.heads) == (size.width, size.heads)), "own size")
-    frames = "1 frame" if input.frames == 1 else f"{input.frames} frames"
-    clip = f"{frames} of {input.size[0]}x{input.size[1]} in cubes of {'x'.join(map(str, input.cube))}"
-    assumed = "" if stated.frames and stated.image_size else " (not all of it is stated in the file)"
-    lines = [f"{known.source}: {known.format} weights", f"  kind      {kind}{depth}"]
-    lines += [f"  size      {name}: width {size.width}, {size.depth} blocks, {size.heads} heads"]
-    lines += [f"  clip      {clip}{assumed}"]
-    if stated.positions_of:
-        lines += [f"  positions interpolated from {'x'.join(map(str, stated.positions_of))} cubes"]
-    lines += [f"  classes   {listing(stated.classes) if stated.classes else 'not stated'}"]
-    return "\n".join([*lines, f"  sampling  {_sampling_in(stated)}"])
-
-
-def _sampling_in(stated: Stated) -> str:
-    clip = stated.key_clip
-    if clip is not None:
-        rate = "every rate" if clip.rate is None else f"{clip.rate:g} frames a second"
-        return f"around key frames, stride {clip.stride} at {rate}, short side {clip.short_side}"
-    return f"{stated.sampling.kind}, stride {stated.sampling.stride}" if stated.sampling else "not stated"
 
 
 def _newest_of(source: str) -> str:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from train import study_ablations, study_pages
+from train import study_ablations, study_pages, study_tables
 from train.study_ablations import CHOSEN, FINETUNE_RATES, Ablations
+from train.study_records import read_records
 from train.study_rows import StudyConfig
 from train.study_tables import DEPTH, LABELS, MASKS, START, TABLES, TUBE
 
@@ -51,8 +52,15 @@ def test_every_pre_training_runs_once_for_all_tables(rendered, tmp_path):
     }
     outs = [asked(job)["--out"] for job in jobs]
     assert len(set(outs)) == len(outs)
-    # pre-training comes first, the longest of it at once
-    assert jobs[: len(before)] == sorted(before, key=lambda job: -int(asked(job)["--steps"]))
+    # table by table: a table's own commands stand together, those that it shares with one before it there
+    place = {job.name: i for i, job in enumerate(jobs)}
+    ends = [max(place[job.name] for job in study(tmp_path, table, seeds=1).jobs()) for table in TABLES.values()]
+    assert ends == sorted(ends)
+    # of a table pre-training comes first, the longest of it at once
+    first = study(tmp_path, next(iter(TABLES.values())), seeds=1).jobs()
+    trains = [job for job in first if job in before]
+    assert first == jobs[: len(first)]
+    assert first[: len(trains)] == sorted(trains, key=lambda job: -int(asked(job)["--steps"]))
 
 
 def test_a_line_differs_from_the_method_in_what_it_says_alone(rendered, tmp_path):
@@ -107,8 +115,15 @@ def pretend(study, top1, linear=50.0):
                 accuracy = {"linear": {"top1": linear}}
                 write_result(study.probe_run(line, seed) / "result.json", accuracy=accuracy)
                 run = study.pretrain_run(line.before, seed)
-                write_result(run / "metrics.jsonl", clips_per_second=200.0)
+                write_result(run / "metrics.jsonl", clips_per_second=200.0, loss=0.5)
                 write_result(run / "config.json", plan={"steps": 60, "clips_per_step": 100, "peak_bytes": 5_000_000})
+
+
+def written(study, out):
+    """The page, after the study's tables were added to it."""
+    said = study_pages.write(study, {job.name: 60.0 for job in study.jobs()}, out)
+    assert any(str(out / "README.md") in line for line in said)
+    return (out / "README.md").read_text()
 
 
 def test_the_table_has_ours_beside_the_papers_and_says_which_order(rendered, tmp_path):
@@ -119,7 +134,7 @@ def test_the_table_has_ours_beside_the_papers_and_says_which_order(rendered, tmp
     assert [row.tuned for row in rows] == [(10, 11, 12), (30,), (60, 61, 62), (70,), (59.5, 60.5, 61.5)]
     # 60 steps of 100 clips at 200 a second
     assert (rows[4].minutes, rows[4].peak) == (0.5, 5_000_000)
-    page = study_pages.section(START, rows)
+    page = written(ablations, tmp_path / "out")
     assert "| VideoMAE | 60.5 ± 1.0 | 59.5, 60.5, 61.5 | 50.0 ± 0.0 | 5 MB | 0.5 | 69.6 | 80.0 |" in page
     assert "| from scratch | 11.0 ± 1.0 | 10.0, 11.0, 12.0 | – | – | – | 32.6 | 68.8 |" in page
     # half a point is less than twice the standard error of a difference: 2 * (1 * 2 / 3) ** 0.5
@@ -128,22 +143,49 @@ def test_the_table_has_ours_beside_the_papers_and_says_which_order(rendered, tmp
     assert "VideoMAE over image-inflated (ImageMAE): +30.5 points, as in the paper, one seed." in page
 
 
-def test_a_reason_is_given_where_the_order_is_another(rendered, tmp_path):
-    masks = replace(MASKS, why="Clips this small hold less that is the same everywhere.")
-    ablations = study(tmp_path, LABELS, masks, seeds=2)
+def test_another_order_is_said(rendered, tmp_path):
+    ablations = study(tmp_path, LABELS, MASKS, seeds=2)
     values = {line.title: 50.0 for line in LABELS.lines} | {line.title: 40.0 for line in MASKS.lines}
     pretend(ablations, values | {"tube 75 %": 90.0})
-    jobs = ablations.jobs()
-    said = study_pages.write(ablations, jobs, {job.name: 60.0 for job in jobs}, 3600.0, tmp_path / "out")
-    page = (tmp_path / "out" / "README.md").read_text()
+    page = written(ablations, tmp_path / "out")
     assert "not the paper's experiments" in page
     assert "**not as in the paper**" in page
-    assert masks.why in page
-    record = json.loads((tmp_path / "out" / "study.json").read_text())
-    assert record["tables"]["masks"][1]["top1"] == [40, 41]
-    assert set(record["runs"]) == {job.name for job in jobs}
+    record = json.loads((tmp_path / "out" / "masks.json").read_text())
+    assert record["rows"][1]["top1"] == [40, 41]
+    # the table's own runs: five lines of two seeds, each pre-trained, fine-tuned, probed
+    assert len(record["runs"]) == 30
     assert all((tmp_path / "out" / f"{name}.png").stat().st_size > 5000 for name in ("masks", "labels"))
-    assert any("tube 90 %" in line and "40.5 ± 0.7" in line for line in said)
+
+
+def test_a_reason_stands_below_its_table(rendered, tmp_path, monkeypatch):
+    masks = replace(MASKS, why="Clips this small hold less that is the same everywhere.")
+    monkeypatch.setitem(study_tables.TABLES, "masks", masks)
+    ablations = study(tmp_path, masks, seeds=2)
+    pretend(ablations, {line.title: 40.0 for line in MASKS.lines})
+    assert masks.why in written(ablations, tmp_path / "out")
+
+
+def test_tables_that_are_run_one_by_one_come_together_on_a_page(rendered, tmp_path):
+    out = tmp_path / "out"
+    for table, value in ((MASKS, 40.0), (DEPTH, 60.0)):
+        ablations = study(tmp_path, table, seeds=1)
+        pretend(ablations, {line.title: value for line in table.lines})
+        page = written(ablations, out)
+    assert page.index("## What is hidden") < page.index("## Decoder depth")
+    assert "| tube 75 % | 40.0 | 40.0 | 50.0 | 68.0 | 79.8 |" in page
+    assert "| 8 | 60.0 | 60.0 | 50.0 | 0.500 | 5 MB | 0.5 | 69.3 | 79.7 | 23.7 GB |" in page
+    # five masks and three depths more, each pre-trained, fine-tuned and probed, a minute each
+    assert "24 in all, 0.4 hours of one core" in page
+
+
+def test_a_record_of_other_lines_is_refused_by_name(rendered, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    ablations = study(tmp_path, MASKS, seeds=1)
+    pretend(ablations, {line.title: 40.0 for line in MASKS.lines})
+    written(ablations, out)
+    monkeypatch.setitem(study_tables.TABLES, "masks", replace(MASKS, lines=MASKS.lines[:2]))
+    with pytest.raises(ValueError, match=r"masks.json has other lines .* `python -m train.study masks` again"):
+        read_records(out)
 
 
 @pytest.mark.long
@@ -154,6 +196,6 @@ def test_a_table_is_made_by_its_command_and_made_again_from_what_is_there(tmp_pa
     first, again = (subprocess.run(command, cwd=ROOT, capture_output=True, text=True) for _ in range(2))
     assert first.returncode == again.returncode == 0, first.stderr + again.stderr
     assert "of 12 runs done before" in again.stdout
-    page = (tmp_path / "out" / "loss" / "README.md").read_text()
+    page = (tmp_path / "out" / "ablations" / "README.md").read_text()
     assert "pixels as they are, MSE" in page
     assert len(TUBE.flags) == 0

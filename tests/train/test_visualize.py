@@ -208,6 +208,7 @@ def test_an_unreadable_video_costs_itself_and_equal_names_are_numbered(made, tmp
         (("--size", "20"), "height must be a multiple of the cube's 8; got 20"),
         (("--size", "0"), "height must be a multiple of the cube's 8; got 0"),
         (("--size", "16,16"), "size must be SIDE or HEIGHTxWIDTH"),
+        (("--frames", "100000"), "has 200,000 cubes; pictures are drawn of up to 65,536"),
         (("--frames", "5"), "frames must be a multiple of the cube's 2; got 5"),
         (("--stride", "0"), "stride must be at least 1"),
         (("--start", "soon"), "start must be a frame's number, or seconds"),

@@ -190,6 +190,9 @@ def _parse_line(line: str, where: str) -> tuple[str, int | None]:
         check(not is_video and total != -1, f"{where}: only whole videos (`path 0 -1`) can be read, not `{line}`")
     if labelled := re.fullmatch(r"(.*\S)\s+(-?\d+)", line):
         return labelled[1], int(labelled[2])
+    name, comma, rest = line.rpartition(",")
+    is_comma = bool(comma) and os.path.splitext(name)[1].lower() in SUFFIXES and rest.strip().lstrip("-").isdigit()
+    check(not is_comma, f"{where}: path and label are parted by a space, not a comma: `{line}`")
     return line, None
 
 

@@ -54,6 +54,7 @@ def test_reads_list_files(tmp_path, text, paths, labels):
         ("empty.csv", b"\n", "the list is empty"),
         ("mixed.csv", b"a.mp4 1\nb.mp4\n", "1 of 2 lines have a label"),
         ("frames.csv", b"folder 0 300\nother.mp4 0 300\n", "frames.csv:2: only whole videos"),
+        ("commas.csv", b"path,label\na.mp4,3\n", "commas.csv:2: path and label are parted by a space, not a comma"),
         ("binary.csv", b"\xff\xfe\x00\x81", "not text"),
         ("video.mp4", b"", "is a video; give its folder"),
     ],
