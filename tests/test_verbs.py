@@ -20,6 +20,7 @@ VERBS = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SOUR
 
 def call(verb, *arguments, monkeypatch, capsys):
     """Exit code, output and errors."""
+    monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(sys, "argv", [verb, *arguments])
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as end:

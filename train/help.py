@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from train.flags import Flag, flags_of, sections_of
-from videomae.command_line import WIDTH
+from videomae.command_line import width
 
 # the flags of the first page, by what they are about; each verb has some of them
 COMMON: dict[str, tuple[str, ...]] = {
@@ -20,7 +20,7 @@ COMMON: dict[str, tuple[str, ...]] = {
     "where it goes": ("out", "resume", "checkpoint.every"),
 }
 _MOST = 26  # flags of the first page
-_LEFT = 40  # columns of flag and value
+_LEFT = 0.4  # of a page's width: flag and value
 
 
 def first_page(
@@ -93,12 +93,21 @@ def _groups(flags: Sequence[Flag], titles: Sequence[str], apart: Sequence[str]) 
 
 
 def _line(flag: Flag) -> str:
-    """A line of WIDTH columns: the text is cut where a clause ends."""
+    """One line: the text is cut where a clause ends."""
     default = f" ({flag.default})" if flag.default and not flag.is_required else ""
-    left, about = f"  {flag.usage}", flag.about
-    if len(left) > _LEFT - 2:
-        left, about = f"  {flag.names[0]} {flag.key.upper()}", flag.values.replace("|", ", ")
-    return f"{left:<{_LEFT}}{_cut(about, WIDTH - _LEFT - len(default))}{default or ' '}".rstrip()
+    left, about, place = f"  {flag.usage}", flag.about, _place()
+    if len(left) > place - 2:
+        values = flag.values.replace("|", ", ")
+        left, about = (
+            f"  {flag.names[0]} {flag.key.rpartition('.')[2].upper()}",
+            values if "|" in flag.values else about,
+        )
+    return f"{left:<{place}}{_cut(about, width() - place - len(default))}{default or ' '}".rstrip()
+
+
+def _place() -> int:
+    """The column in which texts begin."""
+    return round(width() * _LEFT)
 
 
 def _cut(text: str, room: int) -> str:
@@ -121,10 +130,11 @@ def _full(flag: Flag) -> list[str]:
     says += ["needed"] if flag.is_required else []
     text = "; ".join(says)
     left = f"  {flag.usage}"
-    first = textwrap.wrap(text, WIDTH - _LEFT) or [""]
-    if len(left) > _LEFT - 2:
-        return [left, *(" " * _LEFT + line for line in first if line)]
-    return [f"{left:<{_LEFT}}{first[0]}".rstrip(), *(" " * _LEFT + line for line in first[1:])]
+    place = _place()
+    first = textwrap.wrap(text, width() - place) or [""]
+    if len(left) > place - 2:
+        return [left, *(" " * place + line for line in first if line)]
+    return [f"{left:<{place}}{first[0]}".rstrip(), *(" " * place + line for line in first[1:])]
 
 
 def _wrapped(text: str, indent: str = "") -> list[str]:
@@ -132,5 +142,5 @@ def _wrapped(text: str, indent: str = "") -> list[str]:
     return [
         part
         for line in text.splitlines()
-        for part in textwrap.wrap(line, WIDTH, subsequent_indent=indent, break_on_hyphens=False) or [""]
+        for part in textwrap.wrap(line, width(), subsequent_indent=indent, break_on_hyphens=False) or [""]
     ]

@@ -5,6 +5,7 @@ import argparse
 import os
 import re
 import select
+import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -13,9 +14,14 @@ from typing import Any, NoReturn, TextIO
 
 from videomae.wording import did_you_mean, nearest, nearest_flag
 
-WIDTH = 100  # columns of a page of help
+_NARROWEST, _WIDEST = 72, 100  # columns of a page of help
 _LONGEST = 24  # list of choices that stands behind its flag
 _PIPE_CLOSED = 141  # as shells report a command that SIGPIPE ended
+
+
+def width() -> int:
+    """Of a page of help: the terminal's, where there is one, within bounds."""
+    return min(max(shutil.get_terminal_size((_WIDEST, 0)).columns, _NARROWEST), _WIDEST)
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
@@ -70,7 +76,7 @@ def _is_gone(stream: TextIO) -> bool:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, with help of WIDTH columns, and errors of one line, which name the flag or the value that was
+    """argparse's, with help as wide as the terminal, and errors of one line, which name the flag or the value that was
     probably meant, and exit code 2."""
 
     def __init__(self, prog: str, about: str, *, example: str = "") -> None:
@@ -116,7 +122,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
     """command: as it is to be typed, whatever errors call it."""
 
     def __init__(self, command: str, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=WIDTH)
+        super().__init__(prog, max_help_position=34, width=width())
         self._command = command
 
     def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any = None) -> None:
@@ -148,7 +154,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 def _reflowed(about: str) -> str:
-    """A docstring in WIDTH columns; what is set in, and commands, as they stand."""
+    """A docstring in lines of that width; what is set in, and commands, as they stand."""
     out: list[str] = []
     is_open = False  # the last line goes on
     for line in about.splitlines():
@@ -161,7 +167,7 @@ def _reflowed(about: str) -> str:
     # of what is set in, lines go on below their last column
     indents = [" " * len(found[0]) if (found := re.match(r" +(?:\S.*\S {2,})?", line)) else "" for line in out]
     wrapped = [
-        textwrap.wrap(line, WIDTH, subsequent_indent=indent, break_on_hyphens=False) or [""]
+        textwrap.wrap(line, width(), subsequent_indent=indent, break_on_hyphens=False) or [""]
         for line, indent in zip(out, indents, strict=True)
     ]
     return "\n".join(part for parts in wrapped for part in parts)

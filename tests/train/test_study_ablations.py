@@ -199,3 +199,17 @@ def test_a_table_is_made_by_its_command_and_made_again_from_what_is_there(tmp_pa
     page = (tmp_path / "out" / "ablations" / "README.md").read_text()
     assert "pixels as they are, MSE" in page
     assert len(TUBE.flags) == 0
+
+
+def test_the_committed_page_says_what_its_records_hold_and_why_an_order_differs(tmp_path):
+    results = ROOT / "results" / "ablations"
+    records = read_records(results)
+    assert records
+    page = (results / "README.md").read_text()
+    for record in records:
+        table = record.table
+        assert study_pages.section(record) in page
+        assert (results / f"{table.name}.png").exists()
+        means = {row.line.title: row.mean for row in record.rows}
+        others = [pair for pair in table.order if means[pair[0]] <= means[pair[1]]]
+        assert not others or len(table.why) > 40, f"{table.name}: {others} are not in the paper's order; why?"
