@@ -54,6 +54,8 @@ def command(
                 world = stack.enter_context(joined(config.device, config.patience))
                 with first_speaks(world):
                     run, resumed_from = prepare(make(config), world)
+                    if run.claim is not None:
+                        stack.callback(run.claim.close)
                     say_plan(run, resumed_from)
             return train(run)
     except (TooManyUnreadable, TooManyNonFinite, checkpoint.Damaged, checkpoint.CannotSave) as error:

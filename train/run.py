@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from kernels.launch import check
 from train import checkpoint, record
+from train.claim import Claim
 from train.cli import flat
 from train.config import Data, RunConfig
 from train.distributed import ALONE, World
@@ -68,6 +69,7 @@ class Run:
     start: int  # steps done before
     world: World = ALONE
     spread: nn.Module | None = None  # the model that is trained, where its weights are spread over the processes
+    claim: Claim | None = None  # of the first process on its folder
 
     @property
     def cache(self) -> storage.CacheConfig | None:
@@ -123,6 +125,7 @@ def prepare(verb: Verb, world: World = ALONE) -> tuple[Run, Path | None]:
         videos = verb.find_videos()
     out = Path(config.out or f"runs/{verb.name}-{config.recipe}")
     check(not out.exists() or out.is_dir(), f"{out} is a file; --out is a folder for the run")
+    claim = Claim(out) if world.is_first and out.exists() else None
     found = _agreed_checkpoint(verb, out, videos, precision, world)
 
     torch.manual_seed(config.seed)
@@ -155,7 +158,7 @@ def prepare(verb: Verb, world: World = ALONE) -> tuple[Run, Path | None]:
     objective = verb.objective(model, precision)
     run = Run(
         *(verb, config, out, videos, device, precision, workers, plan, lengths, model, objective, updater),
-        *(attention, start, world, spread),
+        *(attention, start, world, spread, claim),
     )
     processes = world.everyones(record.process_facts(world.rank, device)) if world.group is not None else []
     if world.is_first:
@@ -194,6 +197,9 @@ def _plan(
 def _begin_folder(run: Run, processes: Sequence[dict[str, Any]], *, is_new: bool) -> None:
     if run.config.resume == "never":
         record.move_aside(run.out)
+    if run.claim is None or run.config.resume == "never":
+        run.out.mkdir(parents=True, exist_ok=True)
+        run.claim = Claim(run.out)
     if is_new:
         (run.out / "skipped.jsonl").unlink(missing_ok=True)  # of a run that never reached a checkpoint
     merge_parts(run.out / "skipped.jsonl", run.start)

@@ -1,0 +1,61 @@
+"""Two trainings in one run folder: the second is refused, whatever became of the first it can go on afterwards."""
+
+import os
+import signal
+
+import pytest
+
+from tests.runs import run, start, wait_for
+from tests.videos import moving_frames, write_video
+from train import claim
+from train.claim import NAME, Claim
+
+
+@pytest.fixture
+def videos(tmp_path):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for i in range(3):
+        write_video(folder / f"{i}.mp4", moving_frames(14, 24, 32, seed=i))
+    return folder
+
+
+def test_a_second_training_in_a_folder_is_refused_until_the_first_is_gone(videos, tmp_path, capsys):
+    out = tmp_path / "run"
+    first = start(videos, out, "--steps", 100_000)
+    try:
+        wait_for(lambda: (out / "metrics.jsonl").exists() or first.poll() is not None)
+        for flags in ((), ("--resume", "never")):
+            with pytest.raises(SystemExit) as end:
+                run(videos, out, "--steps", 100_000, *flags)
+            assert end.value.code == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert f"another training writes to {out} (process {first.pid} on " in line
+        assert first.poll() is None
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.communicate()
+    # what a killed process held is free
+    assert run(videos, out, "--steps", 2) == 0
+    assert (out / "checkpoints" / "step_2").is_dir()
+
+
+def test_a_run_lets_go_at_its_end(videos, tmp_path):
+    out = tmp_path / "run"
+    assert run(videos, out, "--steps", 2) == 0
+    second = start(videos, out, "--steps", 4)
+    _, errors = second.communicate()
+    assert second.returncode == 0, errors
+    assert str(second.pid) in (out / NAME).read_text()
+
+
+def test_where_nothing_can_be_locked_the_run_goes_on(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(claim.fcntl, "lockf", refuse)
+    Claim(tmp_path).close()
+    monkeypatch.setattr(claim, "fcntl", None)
+    Claim(tmp_path).close()
+    Claim(tmp_path / "not there").close()
+    assert os.listdir(tmp_path) == [NAME]
