@@ -39,7 +39,7 @@ class Method:
 # steps of the same time, as measured on one core; rates as the table of rates has found them (bench/NOTES.md)
 METHODS = {
     "train.pretrain": Method(16, 3.2e-2, 2400, {"--mask.ratio": "0.9"}),
-    "train.moco": Method(64, 4e-3, 160),
+    "train.moco": Method(64, 2e-3, 160),
 }
 STEPS = METHODS["train.pretrain"].steps
 
