@@ -52,7 +52,7 @@ def run_jobs(
     for job in jobs:
         check(set(job.needs) <= names, f"{job.name} needs {sorted(set(job.needs) - names)}, which are no jobs")
     folder.mkdir(parents=True, exist_ok=True)
-    done = {job.name: seconds for job in jobs if (seconds := _seconds(folder, job)) is not None}
+    done = {job.name: seconds for job in jobs if (seconds := _seconds(folder / f"{job.name}.json", job)) is not None}
     waiting = [job for job in jobs if job.name not in done]
     running: list[_Running] = []
     if done:
@@ -75,6 +75,9 @@ def run_jobs(
             one.process.send_signal(signal.SIGTERM)  # a run saves a checkpoint
         for one in running:
             one.process.wait()
+            # a part of the time that it will have taken
+            record = {"command": list(one.job.arguments), "seconds": _took(one, folder)}
+            _part(one.job, folder).write_text(json.dumps(record) + "\n")
         signal.signal(signal.SIGTERM, before)
     return done
 
@@ -92,20 +95,28 @@ def _start(job: Job, folder: Path, threads: int) -> _Running:
     return _Running(job, process, time.monotonic())
 
 
+def _part(job: Job, folder: Path) -> Path:
+    return folder / f"{job.name}.stopped.json"
+
+
+def _took(one: _Running, folder: Path) -> float:
+    """Seconds, with those before it was stopped."""
+    return round(time.monotonic() - one.since + (_seconds(_part(one.job, folder), one.job) or 0.0), 1)
+
+
 def _settle(one: _Running, folder: Path) -> float:
-    seconds = time.monotonic() - one.since
     if one.process.returncode != 0:
         log = folder / f"{one.job.name}.log"
         last = (log.read_text(errors="replace").strip().splitlines() or ["nothing was said"])[-1]
         raise JobFailed(f"{one.job.name} ended with {one.process.returncode}: {last} (all of it: {log})")
-    record = {"command": list(one.job.arguments), "seconds": round(seconds, 1)}
-    (folder / f"{one.job.name}.json").write_text(json.dumps(record) + "\n")
-    return record["seconds"]  # type: ignore[return-value]
+    seconds = _took(one, folder)
+    (folder / f"{one.job.name}.json").write_text(json.dumps({"command": one.job.arguments, "seconds": seconds}) + "\n")
+    _part(one.job, folder).unlink(missing_ok=True)
+    return seconds
 
 
-def _seconds(folder: Path, job: Job) -> float | None:
-    """How long it took; None when it is not done, or was another command."""
-    path = folder / f"{job.name}.json"
+def _seconds(path: Path, job: Job) -> float | None:
+    """What a record says; None when there is none, or it is of another command."""
     if not path.exists():
         return None
     record = json.loads(path.read_text())

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 
 import pytest
@@ -75,6 +76,31 @@ def test_no_command_outlives_the_study(tmp_path):
     with pytest.raises(ProcessLookupError):
         os.kill(int(noted.read_text()), 0)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_time_before_a_stop_counts(tmp_path):
+    noted = tmp_path / "noted"
+    # waits for the signal the first time, is over at once the second
+    work = f"import pathlib, time; p = pathlib.Path({str(noted)!r}); p.exists() or (p.touch(), time.sleep(60))"
+    job = Job("long", ("timeit", "-n", "1", "-r", "1", work))
+
+    def terminate():
+        wait_for(noted.exists)
+        time.sleep(1.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=terminate)
+    sender.start()
+    with pytest.raises(Terminated):
+        run_jobs([job], tmp_path / "study", at_once=1, threads=1)
+    sender.join()
+    before = json.loads((tmp_path / "study" / "long.stopped.json").read_text())["seconds"]
+    begin = time.monotonic()
+    seconds = run_jobs([job], tmp_path / "study", at_once=1, threads=1)["long"]
+    took = time.monotonic() - begin
+    assert before > 1.5
+    assert before < seconds < before + took + 0.1
+    assert not (tmp_path / "study" / "long.stopped.json").exists()
 
 
 def write_result(path, **values):
