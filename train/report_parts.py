@@ -14,7 +14,7 @@ from PIL import Image
 from train.report_curves import COLOURS, LONGEST, Curve, axis, draw
 from train.report_run import FoundRun
 
-_AS_IT_IS, _WIDEST, _QUALITY = 200_000, 1600, 85  # bytes of a file; pixels and quality of what a larger one becomes
+_AS_IT_IS, _WIDEST, _QUALITY = 200_000, 1600, 80  # bytes of a file; pixels and quality of what a larger one becomes
 _WIDE = 700  # pixels from which a picture has a row to itself
 
 
@@ -104,7 +104,7 @@ def csv_table(path: Path) -> tuple[str, int]:
 
 
 def picture(path: Path, title: str) -> str:
-    """A figure with the file inside the page; a large one as JPEG, a damaged one as a line that says so."""
+    """A figure with the file inside the page; a large one as WebP, a damaged one as a line that says so."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -126,8 +126,8 @@ def _encoded(path: Path, image: Image.Image) -> tuple[bytes, str, tuple[int, int
     if plain.width > _WIDEST:
         plain = plain.resize((_WIDEST, max(round(plain.height * _WIDEST / plain.width), 1)), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    plain.save(buffer, "JPEG", quality=_QUALITY)
-    return buffer.getvalue(), "jpeg", plain.size
+    plain.save(buffer, "WEBP", quality=_QUALITY)
+    return buffer.getvalue(), "webp", plain.size
 
 
 def pictures(chosen: Sequence[tuple[Path, str]]) -> str:

@@ -36,7 +36,7 @@ def advice(supply: Supply, *, waited: float, clips_per_second: float, effort: Ef
         f"the step waited for data {waited:.0%} of the time, {clips_per_second:.0f} clips/s instead of "
         f"{clips_per_second / working:.0f}. A video takes a worker {ms[0]:.1f} ms (opening {ms[1]:.1f}, decoding "
         f"{ms[2]:.1f}, cropping {ms[3]:.1f}; {share:.0%} of it not computing), so {needed} "
-        f"{'worker' if needed == 1 else 'workers'} would keep up; there are {supply.workers}"
+        f"{'worker' if needed == 1 else 'workers'} would keep up; there {_are(supply.workers)}"
     )
     return f"{numbers}. Change first: {_first(supply, needed, share)}"
 
@@ -54,10 +54,14 @@ def _first(supply: Supply, needed: int, share: float) -> str:
         # a worker that waits for bytes takes no core
         cores = ceil(needed * (1 - share))
         return (
-            f"the files. {counted(cores, 'core')} would be needed, {supply.cores} are here; "
+            f"the files. {counted(cores, 'core')} would be needed, here {_are(supply.cores)}; "
             "python -m videomae.data.prepare IN OUT makes them several times cheaper to decode"
         )
     return (
         f"--data.views-per-decode {2 * supply.views}, which decodes half as often for as many clips; "
         "--codec jpeg of videomae.data.prepare decodes fastest"
     )
+
+
+def _are(count: int) -> str:
+    return f"{'is' if count == 1 else 'are'} {count}"

@@ -117,3 +117,14 @@ def bare(name: str) -> str:
 def listing(names: Iterable[str], most: int = 8) -> str:
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def grouped(names: Iterable[str], most: int = 8) -> str:
+    """Names of tensors; of more than so many the modules that hold them: `decoder.* (45), norm.weight`."""
+    names = list(names)
+    if len(names) <= most:
+        return ", ".join(names)
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.partition(".")[0], []).append(name)
+    return listing([f"{group}.* ({len(held)})" if len(held) > 1 else held[0] for group, held in groups.items()], most)

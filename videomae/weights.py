@@ -29,7 +29,7 @@ from videomae.inputs import POSITIONS, Positions, adopt, choose_positions, set_n
 from videomae.model import Encoder, Input, VideoMAE
 from videomae.weight_files import Stated, read, write_atomically
 from videomae.weight_models import build, checked, identify, parts_of
-from videomae.weight_names import NOT_ALWAYS, Known, bare, listing, match
+from videomae.weight_names import NOT_ALWAYS, Known, bare, grouped, listing, match
 from videomae.weight_summary import describe
 from videomae.wording import counted
 
@@ -63,8 +63,8 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {self.format} weights, {counted(len(self.used), 'tensor')} used"]
-        lines += [f"  ignored: {listing(self.ignored)}"] if self.ignored else []
-        lines += [f"  fresh: {listing(self.fresh)}"] if self.fresh else []
+        lines += [f"  ignored: {grouped(self.ignored)}"] if self.ignored else []
+        lines += [f"  fresh: {grouped(self.fresh)}"] if self.fresh else []
         return "\n".join(lines + [f"  {message}" for message in self.messages])
 
 

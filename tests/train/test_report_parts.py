@@ -54,7 +54,7 @@ def test_holds_a_picture_as_it_is_and_a_large_one_smaller(tmp_path):
     pixels = noise(tmp_path / "large.png", 1800, 60)
     figure = picture(tmp_path / "large.png", "t")
     kind, data = embedded(figure)
-    assert kind == "jpeg"
+    assert kind == "webp"
     with Image.open(io.BytesIO(data)) as made:
         assert made.size == (1600, 53)
         assert abs(np.asarray(made).mean() - pixels.mean()) < 2

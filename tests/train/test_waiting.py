@@ -40,7 +40,7 @@ def test_counts_what_was_decoded_however_views_are_split(tasks_per_clip, workers
         (HERE, USUAL, 100, "--workers 13 (15 cores here to decode)"),
         (replace(HERE, cores=8), USUAL, 100, "--workers 8 (8 cores here to decode)"),
         # every core decodes already, as is the default
-        (replace(HERE, workers=15), USUAL, 400, "the files. 52 cores would be needed, 15 are here"),
+        (replace(HERE, workers=15), USUAL, 400, "the files. 52 cores would be needed, here are 15"),
         (replace(HERE, workers=15, stored=True, views=2), USUAL, 400, "--data.views-per-decode 4"),
         (replace(HERE, workers=15), SLOW, 400, "the storage. A local or faster disk"),
         (replace(HERE, workers=15, cached=True), SLOW, 400, "the storage. A larger --data.cache-gb"),

@@ -16,6 +16,7 @@ import videomae
 from videomae.classifier import Classifier
 from videomae.hugging_face import from_official
 from videomae.model import SIZES, Encoder, Input, Size, VideoMAE
+from videomae.weight_names import grouped
 from videomae.weights import main, model_from, save_hugging_face, save_official, save_weights
 
 SMALL = {"frames": 4, "image_size": 32}
@@ -365,3 +366,9 @@ def test_a_name_alone_makes_no_blocks(name):
     tensors = pretrain().state_dict() | {name: torch.zeros(1)}
     with pytest.raises(ValueError, match="names blocks .* but has only"):
         videomae.weights.describe(tensors)
+
+
+def test_many_tensors_are_named_by_their_modules():
+    names = ["mask_token", "norm.weight", "norm.bias", *(f"decoder.blocks.{i}.norm1.weight" for i in range(9))]
+    assert grouped(names) == "mask_token, norm.* (2), decoder.* (9)"
+    assert grouped(names[:3]) == "mask_token, norm.weight, norm.bias"
