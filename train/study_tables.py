@@ -114,7 +114,7 @@ RATIO = Table(
     "Tube masks of rising ratio, of 16 places: 90 % is 87.5 %, 95 % 93.8 %.",
     tuple(
         Line(f"tube {ratio} %", TUBE if ratio == 90 else _mask("tube", ratio / 100), x=ratio)
-        for ratio in (25, 50, 75, 90, 95)
+        for ratio in (50, 75, 90, 95)
     ),
     axis="hidden, %",
 )
@@ -169,7 +169,6 @@ VIDEOS = Table(
     "The same number of steps on fewer videos.",
     (
         Line("75", Before("videos-75", videos=75), x=75),
-        Line("300", Before("videos-300", videos=300), x=300),
         Line("1,200", Before("videos-1200", videos=1200), x=1200),
         Line("all 4,800", TUBE, x=4800),
     ),
