@@ -5,6 +5,7 @@ import contextlib
 import errno
 import os
 import platform
+import sys
 from pathlib import Path
 
 try:
@@ -16,21 +17,25 @@ NAME = "run.lock"
 
 
 class Claim:
-    """The lock of a folder, which is there, until `close`. Raises ValueError where another process holds it."""
+    """The lock of a folder, which is there, until `close`. Raises ValueError where another process holds it; where
+    nothing can be locked it says so, and the run goes on without."""
 
     def __init__(self, folder: Path) -> None:
         self._file: int | None = None
         path = folder / NAME
-        # where no file can be made or nothing be locked, the run goes on without
-        with contextlib.suppress(OSError):
+        if fcntl is None:
+            return
+        try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        if self._file is None or fcntl is None:
+        except OSError as error:
+            self._warn(path, error)
             return
         try:
             # of the process, not of the file as flock's: a child that outlives it holds nothing
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
+                self._warn(path, error)
                 return
             holder = os.pread(self._file, 200, 0).decode(errors="replace").strip() or "unknown"
             self.close()
@@ -41,6 +46,9 @@ class Claim:
         with contextlib.suppress(OSError):
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, f"{os.getpid()} on {platform.node()}\n".encode(), 0)
+
+    def _warn(self, path: Path, error: OSError) -> None:
+        print(f"note: {path}: {error.strerror}; nothing keeps a second training out of the folder", file=sys.stderr)
 
     def close(self) -> None:
         """Let go of it."""

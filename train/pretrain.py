@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from train.finetune_recipes import FINETUNE
+from train.inference import find_weights
 from train.log import RunLog, goes_on
 from train.loop import command
 from train.memory import Workload
@@ -29,6 +30,7 @@ from videomae.data.readers import ClipReader
 from videomae.data.sampling import Sampling
 from videomae.model import VideoMAE, size_of
 from videomae.weight_files import write_atomically
+from videomae.weights import load_weights
 
 _PREVIEWS = 3  # clips in the reconstruction picture
 
@@ -44,6 +46,7 @@ class Pretraining(UnlabelledVerb[PretrainConfig]):
 
     name = "pretrain"
     _preview: tuple[Tensor, Tensor] | None = None  # frames and mask keys of the picture's clips, on the host
+    _report: Sequence[str] = ()  # of the weights that it starts from
 
     @property
     def recipes(self) -> Mapping[str, Callable[[], PretrainConfig]]:
@@ -64,7 +67,9 @@ class Pretraining(UnlabelledVerb[PretrainConfig]):
         model.normalized = self.config.target.normalize
         return model
 
-    def initialize(self, model: nn.Module) -> None: ...
+    def initialize(self, model: nn.Module) -> None:
+        if self.config.weights is not None:
+            self._report = str(load_weights(model, find_weights(self.config.weights))).splitlines()
 
     def workload(self, num_parameters: int, precision: str, device_type: str) -> Workload:
         return workload(self.config, num_parameters, precision, device_type)
@@ -106,6 +111,7 @@ class Pretraining(UnlabelledVerb[PretrainConfig]):
             hides += f"; {config.decoder_mask} leaves {counts.predicted} of them to predict"
         return [
             f"model     {model.size}, decoder depth {model.decoder_depth}: {millions:.1f} M parameters",
+            *(f"weights   {line.strip()}" for line in self._report),
             f"clip      {model.frames} x {height} x {width}, stride {config.sampling.stride}; {hides}",
             *self.describe_probe(),
         ]

@@ -95,6 +95,8 @@ class Target:
 class PretrainConfig(RunConfig):
     """A pre-training run."""
 
+    # pre-training to go on from, with a schedule of its own: a run folder, a file, a Hugging Face folder or hub id
+    weights: str | None = None
     # V2's dual masking: the decoder too leaves cubes out, decoder-ratio of them
     decoder_mask: Literal["none", "running-cell"] = "none"
     decoder_ratio: float = 0.5  # of the cubes, with a decoder-mask

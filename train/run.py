@@ -113,6 +113,19 @@ def prepare(verb: Verb, world: World = ALONE) -> tuple[Run, Path | None]:
 
     Raises ValueError for what the user can mend.
     """
+    out = Path(verb.config.out or f"runs/{verb.name}-{verb.config.recipe}")
+    check(not out.exists() or out.is_dir(), f"{out} is a file; --out is a folder for the run")
+    claim = Claim(out) if world.is_first and out.exists() else None
+    try:
+        return _prepared(verb, out, claim, world)
+    except BaseException:
+        # a claim that an error's traceback keeps would be let go of at any time, and with it that of the next run here
+        if claim is not None:
+            claim.close()
+        raise
+
+
+def _prepared(verb: Verb, out: Path, claim: Claim | None, world: World) -> tuple[Run, Path | None]:
     config = verb.config
     device = pick_device(config.device, None if world.group is None else world.local_rank)
     check(config.parallel == "ddp" or world.group is not None, "--parallel fsdp needs torchrun --nproc-per-node N")
@@ -123,9 +136,6 @@ def prepare(verb: Verb, world: World = ALONE) -> tuple[Run, Path | None]:
     attention = _attention(verb, device, PRECISIONS[precision] or torch.float32)
     with world.in_turn():
         videos = verb.find_videos()
-    out = Path(config.out or f"runs/{verb.name}-{config.recipe}")
-    check(not out.exists() or out.is_dir(), f"{out} is a file; --out is a folder for the run")
-    claim = Claim(out) if world.is_first and out.exists() else None
     found = _agreed_checkpoint(verb, out, videos, precision, world)
 
     torch.manual_seed(config.seed)
@@ -195,11 +205,16 @@ def _plan(
 
 
 def _begin_folder(run: Run, processes: Sequence[dict[str, Any]], *, is_new: bool) -> None:
-    if run.config.resume == "never":
-        record.move_aside(run.out)
-    if run.claim is None or run.config.resume == "never":
+    is_old = run.claim is not None
+    if run.claim is None:
+        # another may have begun here since
         run.out.mkdir(parents=True, exist_ok=True)
         run.claim = Claim(run.out)
+    if is_old and run.config.resume == "never":
+        record.move_aside(run.out)
+        run.out.mkdir(parents=True)
+        moved, run.claim = run.claim, Claim(run.out)
+        moved.close()
     if is_new:
         (run.out / "skipped.jsonl").unlink(missing_ok=True)  # of a run that never reached a checkpoint
     merge_parts(run.out / "skipped.jsonl", run.start)

@@ -19,7 +19,7 @@ from train.study_jobs import JobFailed, Terminated, run_jobs
 from train.study_pages import write
 from train.study_rows import PROG, StudyConfig
 from train.study_tables import TABLES
-from videomae.command_line import run_main
+from videomae.command_line import nobody_reads, run_main
 from videomae.data.pool import available_cpus
 
 _SINGLE = {"learns": study_learns, "detects": study_detects}
@@ -44,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"study {config.name}: {len(jobs)} runs, {at_once} at a time, in {folder}")
     try:
         seconds = run_jobs(jobs, folder, at_once=at_once, threads=max(available_cpus() // at_once, 1))
-    except JobFailed as error:
+    except (JobFailed, OSError) as error:
+        if nobody_reads():
+            raise
         print(f"{PROG}: stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stopped:

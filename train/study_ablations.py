@@ -21,6 +21,9 @@ from train.study_tables import Before, Line, Table
 from videomae.data.demo import Look, make_demo
 
 FRAMES = 20  # of a video
+# classes of each motion, from slow to fast: the motions alone are told apart by every start that has learned anything
+PACES = 2
+TEST = 960  # clips
 LABELS, EPOCHS = 504, 5.0  # labelled clips, an equal number of every class; epochs over them
 FINETUNE_RATES = (1.0, 3.0, 10.0)  # times the recipe's
 CHOSEN = 1  # of them, where a line is fine-tuned at one
@@ -76,9 +79,17 @@ class Ablations:
 
     @property
     def settings(self) -> dict[str, float]:
-        """Steps of pre-training, labelled clips, epochs over them."""
+        """Steps of pre-training and clips of a step, labelled clips, epochs over them."""
         config = self.config
-        return {"steps": self.steps, "labels": config.labels or LABELS, "epochs": config.epochs or EPOCHS}
+        moco = METHODS["train.moco"]
+        return {
+            "steps": self.steps,
+            "clips": 2 * METHODS["train.pretrain"].videos,
+            "moco_steps": max(round(moco.steps * self.steps / STEPS), 1),
+            "moco_clips": 2 * moco.videos,
+            "labels": config.labels or LABELS,
+            "epochs": config.epochs or EPOCHS,
+        }
 
     def seeds(self, line: Line) -> range:
         return range(min(self.config.seeds, line.seeds or self.config.seeds))
@@ -99,13 +110,18 @@ class Ablations:
 
     def _of(self, line: Line, seed: int) -> None:
         before = None if line.before is None else self._before(line.before, seed)
-        labelled = self._labelled(line.look, line.labels or int(self.settings["labels"]))
+        usual = int(self.settings["labels"])
+        labels = line.labels or usual
+        labelled = self._labelled(line.look, labels)
+        # as many steps on fewer clips as on more
+        epochs = self.settings["epochs"] * usual / labels
         start = () if before is None else ("--weights", str(before))
         needs = () if before is None else (before.name,)
         geometry = self._geometry(line.before)
         for i in self.rates(line):
             rate = FINETUNE["demo"]().optim.base_lr * FINETUNE_RATES[i]
-            flags = (*_flags(_GEOMETRY), "--epochs", f"{self.settings['epochs']:g}", "--optim.base-lr", f"{rate:.6g}")
+            flags = (*_flags(_GEOMETRY), "--epochs", f"{epochs:.6g}", "--optim.base-lr", f"{rate:.6g}")
+            flags += ("--validate-every", "1000")  # at the end alone
             fresh = ("--positions", "fresh") if before is not None and geometry != _GEOMETRY else ()
             tune = ("train.finetune", "demo", "--data", str(labelled), *flags, *start, *fresh)
             self._add(self.tune_run(line, i, seed), tune, seed, needs)
@@ -175,7 +191,10 @@ class Ablations:
     def _rendered(self) -> Mapping[Look, Path]:
         looks = {line.look for table in self.tables for line in table.lines}
         looks |= {line.before.look for table in self.tables for line in table.lines if line.before}
-        return {look: make_demo(Path(f"data/study-{look}"), frames=FRAMES, look=look) for look in looks}
+        return {
+            look: make_demo(Path(f"data/study-{look}"), frames=FRAMES, look=look, paces=PACES, test=TEST)
+            for look in looks
+        }
 
     # -- results
 

@@ -59,7 +59,7 @@ def _budget(config: StudyConfig) -> tuple[int, float]:
 
 def _labelled_part(scenes: int, folder: Path) -> Path:
     """A folder of lists: the first training scenes, and the test scenes."""
-    home, source = folder / "labelled", demo_scenes()
+    home, source = folder / f"labelled-{scenes}", demo_scenes()
     home.mkdir(parents=True, exist_ok=True)
     for split, most in (("train", scenes), ("test", None)):
         with (source / f"{split}.csv").open(newline="") as file:

@@ -75,7 +75,7 @@ def _probes(seed: int, before: Path, labelled: Path, folder: Path) -> list[Job]:
 
 def _labelled_part(labels: int, folder: Path) -> Path:
     """A folder of lists: the first labelled clips of the demo, whose classes take turns, and its test clips."""
-    home = folder / "labelled"
+    home = folder / f"labelled-{labels}"
     home.mkdir(parents=True, exist_ok=True)
     for split, most in (("train", labels), ("test", None)):
         videos = find_videos(demo_list(split))

@@ -6,16 +6,20 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from train.study_ablations import Ablations, Found
+from train.study_ablations import PACES, TEST, Ablations, Found
 from train.study_records import Record, read_records, write_record
 from train.study_rows import each, spread
 from train.study_tables import Table
+from videomae.data.demo import MOTIONS
 from videomae.wording import counted
 
-CHANCE = 100 / 12
+CHANCE = 100 / (len(MOTIONS) * PACES)
+_TIE = 0.05  # points, less than which a table does not show
+_STUDENT = {2: 4.303, 4: 2.776, 6: 2.447, 8: 2.306, 10: 2.228}  # of so many degrees of freedom
 _STAND_IN = (
     "**These are not the paper's experiments.** They are a small stand-in: a ViT of 0.6 M parameters, clips of 16 "
-    "frames of 32 x 32 pixels, drawn by a program, in which one object moves in one of 12 ways. What carries over is "
+    "frames of 32 x 32 pixels, drawn by a program, in which one object moves in one of 12 ways, slow or fast: 24 "
+    "classes. What carries over is "
     "the code that runs and the kind of difference each choice makes; the numbers do not, and the order may not: the "
     "paper's figures stand beside ours, and where the order differs it is said."
 )
@@ -45,13 +49,15 @@ def _head(records: Sequence[Record]) -> str:
             "",
             _STAND_IN,
             "",
-            "Every line is an encoder that was pre-trained in its own way on the same 4,800 clips without labels: in "
-            "steps of 32 clips, with a tube",
-            "mask of 90 % and a decoder of 2 blocks, where it says nothing else. Then it was fine-tuned on labelled "
-            "clips: top-1 in per cent of 480",
-            "test clips (chance: 8.3); linear is a linear classifier on the frozen features. ± is the standard "
-            "deviation over seeds, which are listed;",
-            "lines without it are of one seed, and differences of a few points mean nothing there.",
+            "Every line is an encoder that was pre-trained in its own way on the same 4,800 clips without labels: "
+            "masked with tubes of 90 % and a",
+            "decoder of 2 blocks, where it says nothing else. Then it was fine-tuned on labelled clips: top-1 in per "
+            f"cent of {TEST} test clips",
+            f"(chance: {CHANCE:.1f}); linear is a linear classifier on the frozen features. ± is the standard "
+            "deviation over seeds, which are",
+            "listed; lines without it are of one seed, and differences of a few points mean nothing there: of as many "
+            "test clips, two standard",
+            "errors are 3 points already.",
             "",
             f"Tables share runs: {len(runs)} in all, {sum(runs.values()) / 3600:.1f} hours of one core. Each has its "
             "values, every command with its time,",
@@ -85,11 +91,16 @@ def _origin(record: Record) -> str:
     hours, around, settings = sum(record.runs.values()) / 3600, record.around, record.settings
     costs = " Memory: of a step of pre-training, estimated; minutes: of pre-training, on one core."
     return (
-        f"`{record.command}`, {record.date}: {settings['steps']:,} steps, {settings['labels']} labelled clips for "
+        f"`{record.command}`, {record.date}: {settings['steps']:,} steps of {settings['clips']} clips (MoCo v3: "
+        f"{settings['moco_steps']:,} of {settings['moco_clips']}), {settings['labels']} labelled clips for "
         f"{settings['epochs']:g} epochs; {len(record.runs)} runs, {hours:.1f} hours of one core; "
-        f"torch {around['versions']['torch']}, {around['gpu'] or 'CPU'}, commit {around['commit']}."
+        f"torch {around['versions']['torch']}, {around['gpu'] or 'CPU'}, commits {_short(record.commits)}."
         f"{costs if record.table.costs else ''}"
     )
+
+
+def _short(commits: Sequence[str]) -> str:
+    return ", ".join(commit[:7] for commit in commits) or "unknown"
 
 
 def verdict(first: str, second: str, rows: Sequence[Found]) -> str:
@@ -97,14 +108,18 @@ def verdict(first: str, second: str, rows: Sequence[Found]) -> str:
     better, worse = (next(row for row in rows if row.line.title == title) for title in (first, second))
     gap = better.mean - worse.mean
     seeds = min(len(better.tuned), len(worse.tuned))
+    doubt = ", one seed"
     if seeds > 1:
         variances = statistics.variance(better.tuned), statistics.variance(worse.tuned)
-        error = statistics.fmean(variances) ** 0.5 * (2 / seeds) ** 0.5
-        doubt = f", within twice its standard error ({error:.1f})" if abs(gap) < 2 * error else ""
-    else:
-        doubt = ", one seed"
+        most = _student(seeds) * statistics.fmean(variances) ** 0.5 * (2 / seeds) ** 0.5
+        doubt = f", within its 95 % interval (± {most:.1f})" if abs(gap) <= most else ""
     how = "as in the paper" if gap > 0 else "**not as in the paper**"
-    return f"{first} over {second}: {gap:+.1f} points, {how}{doubt}."
+    return f"{first} over {second}: {gap:+.1f} points, {'a tie' if abs(gap) < _TIE else how}{doubt}."
+
+
+def _student(seeds: int) -> float:
+    """What t exceeds in 5 of 100 cases, either way, for two groups of so many."""
+    return _STUDENT[min(2 * seeds - 2, max(_STUDENT))]
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -29,6 +29,7 @@ class Record:
     runs: Mapping[str, float]
     date: str
     around: Mapping[str, Any]
+    commits: Sequence[str]  # that its runs were made with
 
 
 def write_record(study: Ablations, table: Table, seconds: Mapping[str, float], path: Path) -> None:
@@ -47,11 +48,18 @@ def write_record(study: Ablations, table: Table, seconds: Mapping[str, float], p
         "command": " ".join([PROG, *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "settings": study.settings,
+        "commits": sorted(_commits(study.folder, jobs)),
         "rows": rows,
         "runs": {job.name: {"command": list(job.arguments), "seconds": seconds[job.name]} for job in jobs},
-        **{name: value for name, value in surroundings().items() if name != "host"},
+        **{name: value for name, value in surroundings().items() if name not in ("host", "commit")},
     }
     path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _commits(folder: Path, jobs: Sequence[Job]) -> set[str]:
+    paths = [path for job in jobs if (path := folder / job.name / "config.json").exists()]
+    kept = [json.loads(path.read_text()) for path in paths]
+    return {part["commit"] for run in kept for part in (run, *run.get("resumed", ())) if part.get("commit")}
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -71,5 +79,5 @@ def _read(table: Table, path: Path) -> Record:
         for line, row in zip(table.lines, kept["rows"], strict=True)
     )
     runs = {name: run["seconds"] for name, run in kept["runs"].items()}
-    around = {name: kept[name] for name in ("versions", "gpu", "commit")}
-    return Record(table, rows, kept["command"], kept["settings"], runs, kept["date"], around)
+    around = {name: kept[name] for name in ("versions", "gpu")}
+    return Record(table, rows, kept["command"], kept["settings"], runs, kept["date"], around, kept["commits"])

@@ -24,26 +24,34 @@ class BatchNorm(nn.Module):
     There are no running statistics: the heads are not used after training.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, affine: bool = True) -> None:
+        """affine: scaled and shifted afterwards, as is learned."""
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.weight = nn.Parameter(torch.ones(width)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(width)) if affine else None
 
     def forward(self, x: Tensor, counted: Tensor) -> Tensor:
         """[B, C] of x [B, C]; counted: float32 [B], 1 or 0."""
         x, number = x.float(), _added_up(counted.sum()).clamp_min(1)
-        centred = x - _added_up(counted @ x) / number
-        variance = _added_up(counted @ centred.square()) / number
-        return torch.addcmul(self.bias, centred * torch.rsqrt(variance + _NORM_EPS), self.weight)
+        # autocast would take these products in half precision
+        with torch.autocast(x.device.type, enabled=False):
+            centred = x - _added_up(counted @ x) / number
+            variance = _added_up(counted @ centred.square()) / number
+        normed = centred * torch.rsqrt(variance + _NORM_EPS)
+        if self.weight is None or self.bias is None:
+            return normed
+        return torch.addcmul(self.bias, normed, self.weight)
 
 
 class Head(nn.Module):
-    """Linear layers, a batch norm after each, ReLU between them."""
+    """Linear layers, a batch norm after each, ReLU between them; the last norm has no weights, as in the authors' code.
+    """
 
     def __init__(self, *widths: int) -> None:
         super().__init__()
         pairs = list(zip(widths, widths[1:], strict=False))
         self.layers = nn.ModuleList(nn.Linear(before, after, bias=False) for before, after in pairs)
-        self.norms = nn.ModuleList(BatchNorm(after) for _, after in pairs)
+        self.norms = nn.ModuleList(BatchNorm(after, affine=i < len(pairs)) for i, (_, after) in enumerate(pairs, 1))
 
     def forward(self, x: Tensor, counted: Tensor) -> Tensor:
         """float32 [B, C] of x [B, D]; counted as in `BatchNorm`."""

@@ -138,6 +138,25 @@ def test_never_resuming_moves_the_old_run_aside(videos, tmp_path, capsys):
     assert (tmp_path / "run.1/checkpoints/step_2").exists()
 
 
+def test_starts_from_weights_with_a_schedule_of_its_own(videos, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run(videos, first, "--steps", 2) == 0
+    capsys.readouterr()
+    # rates this low change nothing that float32 could tell from rounding
+    rates = ("--optim.base-lr", 1e-12, "--optim.min-lr", 0)
+    assert run(videos, second, "--steps", 2, "--weights", first, *rates, "--mask.ratio", 0.25) == 0
+    printed = capsys.readouterr().out
+    assert f"weights   {first}/checkpoints/step_2: videomae weights" in printed
+    assert [line["step"] for line in metrics(second)] == [2]
+    for name, tensor in weights(second, 2).items():
+        torch.testing.assert_close(tensor, weights(first, 2)[name], rtol=1e-4, atol=1e-6)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run(videos, tmp_path / "third", "--steps", 2, "--weights", tmp_path / "nowhere")
+    assert "nowhere" in capsys.readouterr().err
+    assert not (tmp_path / "third").exists()
+
+
 def test_resumes_from_a_checkpoint_elsewhere(videos, tmp_path):
     run(videos, tmp_path / "first", "--steps", 4)
     run(videos, tmp_path / "second", "--steps", 8, "--resume", tmp_path / "first/checkpoints/step_4")

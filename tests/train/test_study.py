@@ -12,7 +12,8 @@ from functools import partial
 import pytest
 
 from tests.conftest import ROOT
-from tests.runs import wait_for
+from tests.runs import FAST, metrics, wait_for
+from tests.videos import moving_frames, write_video
 from train import study_learns
 from train.checkpoint import checkpoints
 from train.study import main
@@ -47,6 +48,40 @@ def test_runs_nothing_twice_but_what_has_changed(tmp_path):
     run_jobs([jobs[0], changed], tmp_path / "study", at_once=1, threads=1)
     assert not (tmp_path / "a.out").exists()
     assert (tmp_path / "b.out").exists()
+
+
+def test_runs_again_what_needs_something_that_changed(tmp_path):
+    first = writes(tmp_path / "a.out")
+    second = writes(tmp_path / "b.out", needs=("a",))
+    run_jobs([first, second], tmp_path / "study", at_once=1, threads=1)
+    (tmp_path / "b.out").unlink()
+    changed = Job("a", (*first.arguments, "--sort-keys"))
+    seconds = run_jobs([changed, second], tmp_path / "study", at_once=1, threads=1)
+    assert (tmp_path / "b.out").exists()
+    assert set(seconds) == {"a", "b"}
+
+
+def test_a_torn_record_is_none(tmp_path):
+    job = writes(tmp_path / "a.out")
+    run_jobs([job], tmp_path / "study", at_once=1, threads=1)
+    for torn in ("", '{"seconds": 1}', "[]", '{"history": 3}'):
+        (tmp_path / "a.out").unlink()
+        (tmp_path / "study" / "a.json").write_text(torn)
+        run_jobs([job], tmp_path / "study", at_once=1, threads=1)
+        assert (tmp_path / "a.out").exists()
+
+
+@pytest.mark.long
+def test_a_training_whose_command_changed_begins_anew(tmp_path):
+    out = tmp_path / "study" / "run"
+    flags = (*FAST.split(), "--data", str(tmp_path / "videos"), "--out", str(out))
+    for i in range(3):
+        write_video(tmp_path / "videos" / f"{i}.mp4", moving_frames(14, 24, 32, seed=i))
+    for steps in ("4", "2"):
+        job = Job("run", ("train.pretrain", "demo", *flags, "--steps", steps))
+        run_jobs([job], tmp_path / "study", at_once=1, threads=1)
+        assert [line["step"] for line in metrics(out)][-1] == int(steps)
+        assert "resumed" not in json.loads((out / "config.json").read_text())
 
 
 def test_stops_at_a_command_that_fails_and_says_why(tmp_path):
@@ -136,7 +171,7 @@ def test_scratch_and_pre_trained_get_the_same_labels_and_steps(tmp_path, monkeyp
         (tmp_path / f"{split}.csv").write_text("".join(f"{i}.mp4 {i % 12}\n" for i in range(count)))
     (tmp_path / "classes.txt").write_text("".join(f"{i}\n" for i in range(12)))
     jobs = {job.name: job for job in study_learns.jobs(StudyConfig(seeds=1, labels=24), tmp_path / "runs")}
-    assert len((tmp_path / "runs/labelled/train.csv").read_text().splitlines()) == 24
+    assert len((tmp_path / "runs/labelled-24/train.csv").read_text().splitlines()) == 24
 
     def asked(name):
         arguments = jobs[name].arguments

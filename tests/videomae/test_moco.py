@@ -72,16 +72,19 @@ def test_gives_keys_no_gradient():
     assert keys.grad is None
 
 
-def test_normalises_over_the_clips_that_count():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_normalises_over_the_clips_that_count(autocast):
     norm = BatchNorm(6)
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
     x, upstream = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 6)
     counted = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0])
+    x += 30  # what half precision would round
     ours, wide = x.float().requires_grad_(), x[counted > 0].requires_grad_()
-    made = norm(ours, counted)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        made = norm(ours, counted)
     wanted = functional.batch_norm(wide, None, None, norm.weight.double(), norm.bias.double(), training=True)
-    torch.testing.assert_close(made[counted > 0].double(), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(made[counted > 0].double(), wanted, rtol=1e-5, atol=2e-5)
     made.backward(upstream * counted[:, None])
     wanted.backward(upstream[counted > 0].double())
     torch.testing.assert_close(ours.grad[counted > 0].double(), wide.grad, rtol=1e-4, atol=1e-5)
@@ -96,6 +99,11 @@ def test_has_heads_of_three_and_two_layers_each_with_a_norm():
     (first, last), norms = head.layers, head.norms
     wanted = norms[1](last(norms[0](first(x), counted).clamp_min(0)), counted)
     torch.testing.assert_close(head(x, counted), wanted)
+    # the last norm has no weights
+    assert [len(list(norm.parameters())) for norm in norms] == [2, 0]
+    for head in (model.projector, model.predictor):
+        assert [norm.weight is None for norm in head.norms] == [False] * (len(head.norms) - 1) + [True]
+    head, x, counted = Head(4, 6, 3), torch.randn(7, 4), torch.ones(7)
     # no ReLU at the end
     assert (head(x, counted) < 0).any()
 

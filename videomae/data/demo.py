@@ -97,6 +97,17 @@ def _look(seed: int) -> tuple[np.ndarray, Disc]:
     )
 
 
+def pace(disc: Disc, motion: int) -> float:
+    """How fast it moves, from 0 for the slowest of this motion to 1 for the fastest."""
+    name = MOTIONS[motion]
+    value, (low, high) = (disc.step, _STEP)
+    if name in _TURNS:
+        value, (low, high) = (disc.turn, TURN)
+    elif name in _GROWTHS:
+        value, (low, high) = (disc.growth, _GROWTH)
+    return (value - low) / (high - low)
+
+
 def between(draws: Draws, low: float, high: float) -> float:
     """The next number, uniform in [low, high)."""
     return low + (high - low) * (draws.below(2**32) / 2**32)
@@ -163,15 +174,17 @@ def make_demo(
     size: int = 40,
     seed: int = 0,
     look: Look = "discs",
+    paces: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """The path of `train.csv` in a folder of demo videos, made there unless it is there already.
 
     `train` and `test` count videos, an equal number of each motion where they divide. The lists, `train.csv` and
-    `test.csv`, hold lines `path label` with paths relative to the folder; `classes.txt` has the motions' names. The
-    folder appears complete or not at all; one made with other parameters, or damaged, is made again. `progress` is
-    called with the videos done and the videos to make. Several processes may call this at once: one makes the folder,
-    the others wait. ValueError if the folder holds anything else.
+    `test.csv`, hold lines `path label` with paths relative to the folder; `classes.txt` has the motions' names. paces:
+    classes of each motion, from slow to fast; the videos are the same, whatever their number. The folder appears
+    complete or not at all; one made with other parameters, or damaged, is made again. `progress` is called with the
+    videos done and the videos to make. Several processes may call this at once: one makes the folder, the others wait.
+    ValueError if the folder holds anything else.
     """
 
     drawn: dict[str, Any] = {"frames": frames, "size": size}
@@ -179,8 +192,15 @@ def make_demo(
         drawn["look"] = look
 
     def video(which: int, index: int, path: str) -> tuple[np.ndarray, list[str]]:
-        motion = index % len(MOTIONS)
-        return render(key(seed, which, index), motion, **drawn), [f"{path} {motion}"]
+        motion, own = index % len(MOTIONS), key(seed, which, index)
+        label = motion * paces + min(int(pace(_look(own)[1], motion) * paces), paces - 1)
+        return render(own, motion, **drawn), [f"{path} {label}"]
 
+    if paces < 1:
+        raise ValueError(f"paces must be at least 1, got {paces}")
+    named = [f"{name}, pace {i + 1} of {paces}" for name in MOTIONS for i in range(paces)]
+    classes = MOTIONS if paces == 1 else named
     parameters = {"format": _FORMAT, "train": train, "test": test, "seed": seed, **drawn}
-    return make_folder(folder, video, parameters=parameters, mark="demo.json", classes=MOTIONS, progress=progress)
+    if paces > 1:
+        parameters["paces"] = paces
+    return make_folder(folder, video, parameters=parameters, mark="demo.json", classes=classes, progress=progress)

@@ -157,6 +157,29 @@ def test_its_files_decode_to_the_pixels_drawn_and_its_lists_parse(tmp_path):
     assert len(drawn) == SMALL["train"] + SMALL["test"]
 
 
+def test_paces_part_each_motion_into_slow_and_fast_and_leave_the_videos_as_they_are(tmp_path):
+    both = [make_demo(tmp_path / f"{paces}", train=96, test=1, frames=5, size=40, paces=paces) for paces in (1, 2)]
+    plain, paced = (_rows(train) for train in both)
+    assert [label // 2 for _, label in paced] == [label for _, label in plain]
+    names = (tmp_path / "2" / "classes.txt").read_text().splitlines()
+    assert len(names) == 24
+    assert names[2 * MOTIONS.index("left") + 1] == "left, pace 2 of 2"
+    shifts = {0: [], 1: []}
+    for (name, label), (other, _) in zip(paced, plain, strict=True):
+        first, second = ((tmp_path / n / name).read_bytes() for n in ("1", "2"))
+        assert (name, first) == (other, second)
+        if names[label].startswith("right,"):
+            video = decord.VideoReader(str(tmp_path / "2" / name), num_threads=1)
+            frames = video.get_batch([0, 4]).asnumpy().astype(float)
+            light = np.abs(frames - np.median(frames, axis=(1, 2), keepdims=True)).sum(axis=3)
+            places = (light * np.arange(40)).sum(axis=(1, 2)) / light.sum(axis=(1, 2))
+            shifts[label % 2].append(places[1] - places[0])
+    assert len(shifts[0]) + len(shifts[1]) == 8
+    assert max(shifts[0]) < min(shifts[1])
+    with pytest.raises(ValueError, match="paces must be at least 1"):
+        make_demo(tmp_path / "none", train=1, test=1, paces=0)
+
+
 def _stamps(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
 
