@@ -28,7 +28,7 @@ class StudyConfig:
             "detects",
             "ablations",
             "start",
-            "rates",
+            "clock",
             "masks",
             "ratio",
             "depth",
@@ -37,6 +37,7 @@ class StudyConfig:
             "videos",
             "labels",
             "transfer",
+            "rates",
         ],
         tyro.conf.Positional,
     ] = "learns"

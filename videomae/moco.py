@@ -44,8 +44,7 @@ class BatchNorm(nn.Module):
 
 
 class Head(nn.Module):
-    """Linear layers, a batch norm after each, ReLU between them; the last norm has no weights, as in the authors' code.
-    """
+    """Linear layers, a batch norm after each, ReLU between them. As in the authors' code the last norm has no weights."""
 
     def __init__(self, *widths: int) -> None:
         super().__init__()
