@@ -44,7 +44,7 @@ class BatchNorm(nn.Module):
 
 
 class Head(nn.Module):
-    """Linear layers, a batch norm after each, ReLU between them. As in the authors' code the last norm has no weights."""
+    """Linear layers, a batch norm after each, ReLU between them; the last norm has no weights, as the authors' has."""
 
     def __init__(self, *widths: int) -> None:
         super().__init__()
