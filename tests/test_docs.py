@@ -224,7 +224,7 @@ def slug(heading: str) -> str:
 
 def test_every_link_leads_somewhere():
     count = 0
-    for page in PAGES:
+    for page in (*PAGES, *sorted((ROOT / "results").rglob("*.md"))):
         for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
             if target.startswith("http"):
                 continue
