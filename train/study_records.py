@@ -69,15 +69,19 @@ def read_records(folder: Path) -> list[Record]:
 
 
 def _read(table: Table, path: Path) -> Record:
-    """ValueError where its lines are not the table's: it has changed since."""
-    kept = json.loads(path.read_text())
-    titles = [row["title"] for row in kept["rows"]]
-    if titles != [line.title for line in table.lines]:
-        raise ValueError(f"{path} has other lines than the table now: run `{PROG} {table.name}` again, or remove it")
-    rows = tuple(
-        Found(line, tuple(row["top1"]), tuple(row["linear"]), **{name: row[name] for name in _VALUES})
-        for line, row in zip(table.lines, kept["rows"], strict=True)
-    )
-    runs = {name: run["seconds"] for name, run in kept["runs"].items()}
-    around = {name: kept[name] for name in ("versions", "gpu")}
-    return Record(table, rows, kept["command"], kept["settings"], runs, kept["date"], around, kept["commits"])
+    """ValueError where its lines are not the table's, or it is no record: the study has changed since."""
+    again = f"run `{PROG} {table.name}` again, or remove it"
+    try:
+        kept = json.loads(path.read_text())
+        titles = [row["title"] for row in kept["rows"]]
+        if titles != [line.title for line in table.lines]:
+            raise ValueError(f"{path} has other lines than the table now: {again}")
+        rows = tuple(
+            Found(line, tuple(row["top1"]), tuple(row["linear"]), **{name: row[name] for name in _VALUES})
+            for line, row in zip(table.lines, kept["rows"], strict=True)
+        )
+        runs = {name: run["seconds"] for name, run in kept["runs"].items()}
+        around = {name: kept[name] for name in ("versions", "gpu")}
+        return Record(table, rows, kept["command"], kept["settings"], runs, kept["date"], around, kept["commits"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no record of this study ({error!r}): {again}") from error

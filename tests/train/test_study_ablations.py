@@ -192,6 +192,10 @@ def test_a_record_of_other_lines_is_refused_by_name(rendered, tmp_path, monkeypa
     monkeypatch.setitem(study_tables.TABLES, "masks", replace(MASKS, lines=MASKS.lines[:2]))
     with pytest.raises(ValueError, match=r"masks.json has other lines .* `python -m train.study masks` again"):
         read_records(out)
+    (out / "masks.json").write_text('{"rows": []}')
+    monkeypatch.setitem(study_tables.TABLES, "masks", replace(MASKS, lines=()))
+    with pytest.raises(ValueError, match=r"masks.json is no record of this study .*again"):
+        read_records(out)
 
 
 @pytest.mark.long
