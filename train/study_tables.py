@@ -79,10 +79,10 @@ def _labels(title: str, before: Before | None) -> tuple[Line, ...]:
 START = Table(
     "start",
     "How training starts",
-    "Top-1 after fine-tuning on the same labelled clips. Every line is fine-tuned at three learning rates, the best of "
-    "which counts. MoCo v3 and VideoMAE were given about the same time, see minutes, and each the best pre-training rate "
-    "of those that were tried (the table of rates; bench/NOTES.md); the paper's MoCo v3 took 3.2 times VideoMAE's time. From "
-    "scratch, more steps help: on the demo's 12 classes eight times as many come to "
+    "Top-1 after fine-tuning on the same labelled clips. Every line is fine-tuned at three learning rates, the best"
+    " of which counts. MoCo v3 and VideoMAE were given about the same time, see minutes, and each the best pre-"
+    "training rate of those that were tried (the table of rates; bench/NOTES.md); the paper's MoCo v3 took 3.2 "
+    "times VideoMAE's time. From scratch, more steps help: on the demo's 12 classes eight times as many come to "
     "what pre-training gives (results/learns).",
     (
         Line("from scratch", None, ("32.6", "68.8"), seeds=None, tuned=True),
