@@ -165,7 +165,7 @@ def test_the_training_set_is_no_other_split(tmp_path):
     ("text", "says"),
     [
         ("a.mp4\nb.mp4\n", "no labels in .*list.csv: each line must be `path label`"),
-        ("a.mp4,3\n", "no labels in"),
+        ("a.mp4,3\n", "parted by a space, not a comma"),
         ("a.mp4 0 -1\n", "no labels in"),
         ("a.mp4 0\nb.mp4 -1\n", "b.mp4 has the label -1; labels count from 0"),
         ("a.mp4 0\nb.mp4 2\n", "b.mp4 has the label 2; there are 2 classes, 0 to 1"),
