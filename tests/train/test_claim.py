@@ -43,6 +43,7 @@ def test_a_second_training_in_a_folder_is_refused_until_the_first_is_gone(videos
     assert (out / "checkpoints" / "step_2").is_dir()
 
 
+@pytest.mark.long
 def test_a_run_lets_go_at_its_end(videos, tmp_path):
     out = tmp_path / "run"
     assert run(videos, out, "--steps", 2) == 0
@@ -66,6 +67,7 @@ def test_where_nothing_can_be_locked_the_run_goes_on(tmp_path, monkeypatch, caps
     assert capsys.readouterr().err.count("nothing keeps a second training out of the folder") == 2
 
 
+@pytest.mark.long
 def test_moving_the_old_run_aside_claims_the_new_folder(videos, tmp_path):
     out = tmp_path / "run"
     assert run(videos, out, "--steps", 2) == 0
