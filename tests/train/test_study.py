@@ -75,6 +75,7 @@ def test_a_torn_record_is_none(tmp_path):
 def test_a_training_whose_command_changed_begins_anew(tmp_path):
     out = tmp_path / "study" / "run"
     flags = (*FAST.split(), "--data", str(tmp_path / "videos"), "--out", str(out))
+    (tmp_path / "videos").mkdir()
     for i in range(3):
         write_video(tmp_path / "videos" / f"{i}.mp4", moving_frames(14, 24, 32, seed=i))
     for steps in ("4", "2"):
