@@ -14,6 +14,7 @@ from train.study_ablations import Ablations, Found
 from train.study_jobs import Job
 from train.study_rows import PROG
 from train.study_tables import TABLES, Table
+from videomae.weight_files import write_atomically
 
 _VALUES = ("rate", "minutes", "clips", "peak", "loss")
 
@@ -53,7 +54,8 @@ def write_record(study: Ablations, table: Table, seconds: Mapping[str, float], p
         "runs": {job.name: {"command": list(job.arguments), "seconds": seconds[job.name]} for job in jobs},
         **{name: value for name, value in surroundings().items() if name not in ("host", "commit")},
     }
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    text = json.dumps(record, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write_text(text))
 
 
 def _commits(folder: Path, jobs: Sequence[Job]) -> set[str]:
@@ -83,5 +85,5 @@ def _read(table: Table, path: Path) -> Record:
         runs = {name: run["seconds"] for name, run in kept["runs"].items()}
         around = {name: kept[name] for name in ("versions", "gpu")}
         return Record(table, rows, kept["command"], kept["settings"], runs, kept["date"], around, kept["commits"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no record of this study ({error!r}): {again}") from error
