@@ -31,3 +31,11 @@ def moving_frames(num: int, height: int = 48, width: int = 64, seed: int = 0) ->
         top, left = (t * 3 + seed) % (height - 12), (t * 5) % (width - 12)
         out[t, top : top + 12, left : left + 12] = (255, (t * 11) % 256, 0)
     return out
+
+
+def write_videos(folder: Path, count: int) -> Path:
+    """A new folder of so many small videos of 14 frames, each of another seed."""
+    folder.mkdir()
+    for i in range(count):
+        write_video(folder / f"{i}.mp4", moving_frames(14, 24, 32, seed=i))
+    return folder

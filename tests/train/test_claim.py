@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.runs import run, start, wait_for
-from tests.videos import moving_frames, write_video
+from tests.videos import write_videos
 from train import claim, cli
 from train.claim import NAME, Claim
 from train.recipes import PRETRAIN
@@ -16,11 +16,7 @@ from train.run import Run, _begin_folder
 
 @pytest.fixture
 def videos(tmp_path):
-    folder = tmp_path / "videos"
-    folder.mkdir()
-    for i in range(3):
-        write_video(folder / f"{i}.mp4", moving_frames(14, 24, 32, seed=i))
-    return folder
+    return write_videos(tmp_path / "videos", 3)
 
 
 def test_a_second_training_in_a_folder_is_refused_until_the_first_is_gone(videos, tmp_path, capsys):

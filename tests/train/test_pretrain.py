@@ -14,18 +14,14 @@ from PIL import Image
 import videomae
 from kernels.tiles import table_hash
 from tests.runs import assert_same, changed_state, metrics, run, start, wait_for, weights
-from tests.videos import moving_frames, write_video
+from tests.videos import write_videos
 from train.checkpoint import read_state
 from train.pretrain import main
 
 
 @pytest.fixture
 def videos(tmp_path):
-    folder = tmp_path / "videos"
-    folder.mkdir()
-    for i in range(5):
-        write_video(folder / f"{i}.mp4", moving_frames(14, 24, 32, seed=i))
-    return folder
+    return write_videos(tmp_path / "videos", 5)
 
 
 def test_leaves_a_checkpoint_metrics_curves_a_picture_and_a_record(videos, tmp_path, capsys):

@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.runs import FAST, metrics, wait_for
-from tests.videos import moving_frames, write_video
+from tests.videos import write_videos
 from train import study_learns
 from train.checkpoint import checkpoints
 from train.study import main
@@ -75,9 +75,7 @@ def test_a_torn_record_is_none(tmp_path):
 def test_a_training_whose_command_changed_begins_anew(tmp_path):
     out = tmp_path / "study" / "run"
     flags = (*FAST.split(), "--data", str(tmp_path / "videos"), "--out", str(out))
-    (tmp_path / "videos").mkdir()
-    for i in range(3):
-        write_video(tmp_path / "videos" / f"{i}.mp4", moving_frames(14, 24, 32, seed=i))
+    write_videos(tmp_path / "videos", 3)
     for steps in ("4", "2"):
         job = Job("run", ("train.pretrain", "demo", *flags, "--steps", steps))
         run_jobs([job], tmp_path / "study", at_once=1, threads=1)
