@@ -100,7 +100,8 @@ class RunConfig:
     # the back end: auto, sdpa, sdpa-flash, sdpa-cudnn, triton, flash-attn, flash-attn-4, xformers
     attention: str = "auto"
     patience: float = 30.0  # minutes that the processes of a run wait for each other, while one validates or saves
-    # auto goes on where the run folder stopped; never: move the old run aside; PATH: from that checkpoint
+    # auto goes on where the run folder stopped; never: move the old run aside; PATH: from that checkpoint, or
+    # that run's newest
     resume: str = "auto"
     data: Data = field(default_factory=Data)
     optim: Optim = field(default_factory=Optim)

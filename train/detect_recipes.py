@@ -1,7 +1,8 @@
-"""Every published detection recipe as a value (RECIPES H.5), and the demo's.
+"""VideoMAE's published detection recipes as values (RECIPES H.5), and the demo's.
 
 A recipe's docstring gives its command, the hardware it was published with, and the result to expect. Batches are key
-frames per step; the learning rate is 256ths of that, by the linear rule.
+frames per step; the learning rate is 256ths of that, by the linear rule. The results are of detected boxes: a test
+needs --boxes ava_val_det_person_bbox.json, and gives more with the annotated ones.
 """
 
 from collections.abc import Callable

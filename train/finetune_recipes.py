@@ -1,4 +1,4 @@
-"""Every published fine-tuning recipe as a value (RECIPES E.2, E.3), and the demo's.
+"""VideoMAE's published fine-tuning recipes as values (RECIPES E.2, E.3), and the demo's.
 
 A recipe's docstring gives its command, the hardware it was published with, and the result to expect. Names without
 `paper` follow the official scripts; those with it the paper's tables, where these differ from the scripts. Batches are

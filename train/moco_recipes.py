@@ -111,7 +111,8 @@ def k400_base() -> MocoConfig:
     python -m train.moco k400-base --data k400/train.csv
     Never run here, nor published with these settings: those of MoCo v3's ViT-B on images (4096 of them a step), with
     clips as VideoMAE has them, mirrored. 1024 videos a step have to be in the GPUs' memory at once, as negatives are
-    taken from what is: see --micro-batch. The VideoMAE paper's own baseline, of 300 epochs, has 74.2 top-1 fine-tuned.
+    taken from what is: see --micro-batch. The VideoMAE paper's own baseline has 74.2 top-1 fine-tuned;
+    it gives that baseline's epochs, 300, for Something-Something V2 alone.
     """
     return MocoConfig(
         recipe="k400-base",

@@ -1,4 +1,4 @@
-"""Every published pre-training recipe as a value (RECIPES D), and the demo's.
+"""VideoMAE's published pre-training recipes as values (RECIPES D.1 to D.3, not version 2's), and the demo's.
 
 A recipe's docstring gives its command, the hardware it was published with, and the result to expect after fine-tuning.
 All follow the official scripts, not the paper where the two differ: no flip (--augment.flip for the paper's Kinetics),
@@ -259,7 +259,7 @@ def ssv2_base_800() -> PretrainConfig:
     """ViT-B on Something-Something V2, 800 epochs, stride 2.
 
     python -m train.pretrain ssv2-base-800 --data ssv2/train.csv
-    Published on 64 GPUs of 32 clips, 19.5 hours; fine-tuned 69.6 top-1, 92.0 top-5.
+    Published on 64 GPUs of 32 clips (the paper: 19.5 hours); fine-tuned 69.6 top-1, 92.0 top-5.
     """
     return _published("ssv2-base-800", "vit_base", 800, 2048, stride=2)
 

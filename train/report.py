@@ -32,7 +32,8 @@ class ReportConfig:
     """Which runs, and where their page goes."""
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ()  # folders of runs or results; the newest in runs/ if none is given
-    out: str | None = None  # the page; report.html in the run's folder, runs/report.html of several, if not given
+    # the page, or a folder for its report.html; the run's own folder, or runs/ of several, if not given
+    out: str | None = None
 
     def __post_init__(self) -> None:
         check(self.out != "", "out must not be empty")
@@ -58,7 +59,8 @@ def _write(config: ReportConfig, command: str) -> None:
     paths = [Path(run).expanduser() for run in config.runs] or [newest_run(_RUNS)]
     paths = list({os.path.realpath(path): path for path in reversed(paths)}.values())[::-1]
     out = Path(config.out).expanduser() if config.out else (paths[0] if len(paths) == 1 else _RUNS) / "report.html"
-    check(not out.is_dir(), f"--out must be a file; {out} is a folder")
+    if out.is_dir():
+        out /= "report.html"
     runs = [read_run(path) for path in paths]
     now = time.time()
     # a name that is no UTF-8 is shown by its codes

@@ -292,12 +292,13 @@ def _find_checkpoint(verb: Verb, out: Path, videos: VideoList, precision: str) -
     if config.resume == "never":
         return None
     if config.resume != "auto":
-        path = Path(config.resume)
-        if not (path / "state.pt").exists():
-            raise ValueError(f"no checkpoint at {path}: give a folder checkpoints/step_<n>, auto or never")
-        found = path, checkpoint.read_state(path)
+        path = Path(config.resume).expanduser()
+        is_one = (path / "state.pt").exists()
+        found = (path, checkpoint.read_state(path)) if is_one else checkpoint.latest(path / "checkpoints")
+        if found is None:
+            raise ValueError(f"no checkpoint at {path}: give a run folder, its checkpoints/step_<n>, auto or never")
         for difference in _differences(verb, found[1], videos, precision):
-            print(f"note: unlike the run of {path}: {difference}", file=sys.stderr)
+            print(f"note: unlike the run of {found[0]}: {difference}", file=sys.stderr)
         return found
     latest = checkpoint.latest(out / "checkpoints")
     if latest is None:

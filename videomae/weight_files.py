@@ -221,7 +221,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _unwrap(loaded: Mapping[str, Any], source: str) -> dict[str, Tensor]:
-    """The tensors inside wrappers, without the prefixes of torch.compile, data parallelism and mmaction."""
+    """The tensors inside wrappers, without the prefixes of torch.compile, data parallelism and backbones."""
     # in a loop: a file may have more wrappers than Python has levels of calls
     while wrapper := next((name for name in _WRAPPERS if isinstance(loaded.get(name), Mapping)), None):
         loaded = loaded[wrapper]

@@ -153,9 +153,10 @@ def test_starts_from_weights_with_a_schedule_of_its_own(videos, tmp_path, capsys
     assert not (tmp_path / "third").exists()
 
 
-def test_resumes_from_a_checkpoint_elsewhere(videos, tmp_path):
+@pytest.mark.parametrize("given", ["first/checkpoints/step_4", "first"], ids=["a checkpoint", "a run's newest"])
+def test_resumes_from_a_checkpoint_elsewhere(videos, tmp_path, given):
     run(videos, tmp_path / "first", "--steps", 4)
-    run(videos, tmp_path / "second", "--steps", 8, "--resume", tmp_path / "first/checkpoints/step_4")
+    run(videos, tmp_path / "second", "--steps", 8, "--resume", tmp_path / given)
     assert [line["step"] for line in metrics(tmp_path / "second")] == [6, 8]
 
 
