@@ -43,7 +43,7 @@ class Method:
 METHODS = {
     "train.pretrain": Method(16, 3.2e-2, 2400, {"--mask.ratio": "0.9"}),
     # of so few steps a momentum of 0.99 would leave half of the encoder of keys as it was drawn
-    "train.moco": Method(32, 8e-3, 440, {"--contrast.momentum": "0.9"}),
+    "train.moco": Method(32, 1.6e-2, 440, {"--contrast.momentum": "0.9"}),
 }
 STEPS = METHODS["train.pretrain"].steps
 

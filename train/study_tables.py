@@ -227,19 +227,20 @@ TRANSFER = Table(
     (_SSV2, "UCF101", "HMDB51"),
     (("VideoMAE on discs", "MoCo v3 on discs"), ("MoCo v3 on discs", "from scratch")),
 )
+_RATES = {"half": 0.5, "chosen": 1.0, "double": 2.0}
 RATES = Table(
     "rates",
     "Learning rate of pre-training",
-    "What the choice of both methods' rates goes by: three for each, a factor of two apart, fine-tuned at three rates "
-    "each, on the test clips of one seed.",
+    "What the choice of both methods' rates goes by: a factor of two apart, each fine-tuned at three rates, on the test "
+    "clips of one seed.",
     tuple(
         Line(
             f"{title}, {name} rate",
             before if rate == 1 else replace(before, name=f"{before.name}-{name}", rate=rate),
             tuned=True,
         )
-        for title, before in (("MoCo v3", MOCO), ("VideoMAE", TUBE))
-        for name, rate in (("half", 0.5), ("chosen", 1.0), ("double", 2.0))
+        for title, before, rates in (("MoCo v3", MOCO, {"quarter": 0.25, **_RATES}), ("VideoMAE", TUBE, _RATES))
+        for name, rate in rates.items()
     ),
     losses=True,
 )
