@@ -231,8 +231,8 @@ _RATES = {"half": 0.5, "chosen": 1.0, "double": 2.0}
 RATES = Table(
     "rates",
     "Learning rate of pre-training",
-    "What the choice of both methods' rates goes by: a factor of two apart, each fine-tuned at three rates, on the test "
-    "clips of one seed.",
+    "What the choice of both methods' rates goes by: a factor of two apart, each fine-tuned at three rates, on the "
+    "test clips of one seed.",
     tuple(
         Line(
             f"{title}, {name} rate",
