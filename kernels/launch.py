@@ -75,7 +75,9 @@ def channel_values(values: tuple[float, ...], repeats: int, dtype: torch.dtype, 
 
     Not for use inside a registered op: under CUDA graphs of torch.compile, what an op makes must not outlive it.
     """
-    return torch.tensor(values * repeats, dtype=dtype, device=device)
+    # one first made in inference mode would be of no use in training
+    with torch.inference_mode(False):
+        return torch.tensor(values * repeats, dtype=dtype, device=device)
 
 
 def check(condition: bool, message: str) -> None:

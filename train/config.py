@@ -1,7 +1,6 @@
 """What every kind of training run is told: where its data is, how it computes, when it reports and saves."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -50,7 +49,7 @@ class Data:
         """Where what is read from that URL is kept; None for data on disk."""
         if path is None or not storage.is_url(path):
             return None
-        return storage.CacheConfig(str(Path(self.cache).expanduser()), self.cache_gb)
+        return storage.CacheConfig(self.cache, self.cache_gb)
 
 
 @dataclass(frozen=True)

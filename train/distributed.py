@@ -11,7 +11,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -36,6 +36,7 @@ class World:
     local_rank: int = 0  # on this machine
     local_size: int = 1
     group: distributed.ProcessGroup | None = None
+    patience: timedelta = timedelta(minutes=30)  # with the others
 
     @property
     def is_first(self) -> bool:
@@ -59,7 +60,8 @@ class World:
     def meet(self) -> None:
         """Wait for all others. RuntimeError, naming who is missing, when that takes too long."""
         if self.group is not None:
-            distributed.monitored_barrier(self.group, wait_all_ranks=True)
+            # without a time of its own it would be torch's, not the group's
+            distributed.monitored_barrier(self.group, self.patience, wait_all_ranks=True)
 
     def from_first(self, value: T) -> T:
         """The first process's value."""
@@ -142,7 +144,7 @@ def joined(wanted: str | None, minutes: float) -> Iterator[World]:
     )
     group = distributed.new_group(backend="gloo", timeout=timeout) if gpu else distributed.group.WORLD
     try:
-        yield World(here.rank, here.size, here.local_rank, here.local_size, group)
+        yield replace(here, group=group, patience=timeout)
     finally:
         # where the others are gone there is no waiting for them
         with contextlib.suppress(RuntimeError):
@@ -161,5 +163,7 @@ def _find_launcher() -> None:
 
 def is_of_others(error: RuntimeError) -> bool:
     """Whether it came because another process is gone, or does not answer."""
+    # what a data worker failed on may hold any word
+    text = str(error).partition("a data worker failed")[0]
     names = ("gloo", "NCCL", "monitored", "torchrun")
-    return isinstance(error, distributed.DistError) or any(name in str(error) for name in names)
+    return isinstance(error, distributed.DistError) or any(name in text for name in names)

@@ -7,7 +7,6 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -53,7 +52,7 @@ class Source:
         """Where what is read from a URL is kept; None for data on disk."""
         if self.path is None or not is_url(self.path):
             return None
-        return CacheConfig(str(Path(self.cache).expanduser()), self.cache_gb)
+        return CacheConfig(self.cache, self.cache_gb)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ A video is finished when the index names it, so that a command that was killed a
 """
 
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -50,7 +51,8 @@ class FeatureFile:
         """begin: what stands before the rows."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path, self._missing = path, rows
-        self._temporary = path.with_name(f".{path.name}.tmp")
+        # a name of any length has a short one
+        self._temporary = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.tmp")
         self._file: BinaryIO = open(self._temporary, "wb")  # noqa: SIM115  # closed by finish or abandon
         self._file.write(begin)
 
@@ -149,6 +151,9 @@ def settle_card(out: Path, card: Mapping[str, Any]) -> None:
     path = out / CARD
     if not path.exists():
         others = [entry.name for entry in out.iterdir() if not entry.name.startswith(".")] if out.is_dir() else []
+        if CARD in others:  # another part was faster
+            settle_card(out, card)
+            return
         check(not others, f"{out} holds other things ({others[0] if others else ''}); give a folder of its own")
         out.mkdir(parents=True, exist_ok=True)
         temporary = out / f".{CARD}.{os.getpid()}.tmp"

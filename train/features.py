@@ -43,6 +43,7 @@ from videomae.wording import counted
 
 PROG = "python -m train.features"
 _AT_ONCE = 16  # windows of a batch
+_LONGEST_NAME = 255  # bytes
 _SAY_EVERY = 30.0  # seconds, where no bar is drawn
 
 
@@ -146,8 +147,7 @@ def _begin(config: FeaturesConfig, shares: Shares, held: contextlib.ExitStack) -
 
 def prepare(config: FeaturesConfig, shares: Shares) -> Job:
     """Everything that can be refused. Raises ValueError."""
-    folder = str(Path(config.cache).expanduser())
-    cache = storage.CacheConfig(folder, config.cache_gb) if storage.is_url(config.videos) else None
+    cache = storage.CacheConfig(config.cache, config.cache_gb) if storage.is_url(config.videos) else None
     storage.configure(cache)
     videos = find_videos(config.videos, config.root)
     for note in videos.notes:
@@ -391,7 +391,11 @@ class _Writer:
 
 
 def _file_of(item: Item, config: FeaturesConfig) -> str:
-    return f"{item.name}.{config.format}"
+    """Its path below the output folder; a name that no file system takes with its ending is cut, and has a hash."""
+    folder, slash, name = item.name.rpartition("/")
+    if len(os.fsencode(name)) + 1 + len(config.format) > _LONGEST_NAME:
+        name = f"{os.fsencode(name)[: _LONGEST_NAME // 2].decode(errors='ignore')}~{_digest(name)}"
+    return f"{folder}{slash}{name}.{config.format}"
 
 
 def _seconds(starts: Sequence[int], length: Length) -> list[float]:

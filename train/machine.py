@@ -11,6 +11,7 @@ from videomae.data.pool import available_cpus
 # of the free memory, what the estimate of a step may take: it is within 15 %, and a GPU holds little else; a CPU's
 # memory is also other processes', the decoding workers', and the cache of files
 SHARE = {"cuda": 0.85, "cpu": 0.5}
+_CONTAINER = Path("/sys/fs/cgroup")
 
 
 def decoding_cores(device: torch.device, processes: int = 1) -> int:
@@ -44,9 +45,12 @@ def free_memory(device: torch.device) -> int:
         name, value = line.split(":")
         pages[name] = int(value.split()[0]) * 1024
     free = pages["MemAvailable"]
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    limit = _CONTAINER / "memory.max"
     if limit.exists() and (most := limit.read_text().strip()) != "max":
-        free = min(free, int(most) - int(used.read_text()))
+        # what is kept of files counts as used, and is given up when memory is asked for
+        kept = dict(line.split() for line in (_CONTAINER / "memory.stat").read_text().splitlines())
+        used = int((_CONTAINER / "memory.current").read_text()) - int(kept.get("inactive_file", 0))
+        free = min(free, int(most) - used)
     return free
 
 

@@ -112,6 +112,11 @@ class Contrasting(UnlabelledVerb[MocoConfig]):
     def __init__(self, config: MocoConfig) -> None:
         super().__init__(config)
         _, count = processes()
+        check(
+            config.batch_size % count == 0,
+            f"a step's {config.batch_size} videos cannot be shared equally by {count} processes: give another "
+            "--batch-size",
+        )
         # negatives, and what batch norms see, are not left to the memory that is free
         self.together = config.micro_batch or max(config.clips_per_step // count, VIEWS)
         self._momentum: MomentumEncoder | None = None

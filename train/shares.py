@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -184,7 +184,7 @@ def _joined(here: World, device: str | None) -> Iterator[Shares]:
     # what they tell each other is little, and on the host
     store = new_store(here.rank, here.size, _PATIENCE)
     distributed.init_process_group("gloo", store=store, rank=here.rank, world_size=here.size, timeout=_PATIENCE)
-    world = World(here.rank, here.size, here.local_rank, here.local_size, distributed.group.WORLD)
+    world = replace(here, group=distributed.group.WORLD, patience=_PATIENCE)
     try:
         yield Shares(world, distributed.PrefixStore("shares", store))
         # where another launcher than torchrun started them, the store ends with the first

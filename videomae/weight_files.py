@@ -118,7 +118,7 @@ def read(source: str | Path | Mapping[str, Any]) -> Stored:
     """
     if isinstance(source, Mapping):
         return Stored("a dict", _unwrap(source, "a dict"))
-    path = Path(source)
+    path = Path(source).expanduser()
     if not path.exists():
         is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in _SUFFIXES
         check(bool(is_hub_id), f"no such file or folder, and no Hugging Face hub id: {source}")

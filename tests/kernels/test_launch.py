@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.launch import dot_precision
+from kernels.launch import channel_values, dot_precision
 
 MATMUL = torch.backends.cuda.matmul
 
@@ -31,3 +31,12 @@ def test_the_older_setting_counts_as_well():
     finally:
         torch.set_float32_matmul_precision("highest")
     assert dot_precision(torch.float32) == "ieee"
+
+
+def test_values_first_made_in_inference_mode_can_be_saved_for_a_backward_pass():
+    channel_values.cache_clear()
+    with torch.inference_mode():
+        channel_values((1.0, 2.0), 1, torch.float32, torch.device("cpu"))
+    x = torch.ones(2, requires_grad=True)
+    (x * channel_values((1.0, 2.0), 1, torch.float32, torch.device("cpu"))).sum().backward()
+    assert x.grad.tolist() == [1, 2]

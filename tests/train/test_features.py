@@ -273,3 +273,15 @@ def test_a_process_that_was_killed_goes_on(videos, weights, tmp_path):
     assert len(contents(tmp_path / "killed")) < 44
     subprocess.run(command, check=True)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_a_name_of_any_length_gets_a_file(videos, weights, tmp_path, capsys):
+    """251 bytes, of characters of three: the ending would be too much."""
+    long = "語" * 82 + "s.mp4"
+    (videos / "three.mp4").rename(videos / long)
+    assert run(videos, weights, tmp_path / "out") == 0
+    line = next(line for line in index(tmp_path / "out") if line["video"] == long)
+    assert len(os.fsencode(line["file"])) <= 255
+    assert (tmp_path / "out" / line["file"]).is_file()
+    capsys.readouterr()
+    assert run(videos, weights, tmp_path / "out") == 0

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from tests.runs import assert_same, metrics, weights
 from tests.videos import moving_frames, write_video
+from train import moco
 from train.checkpoint import read_state
 from train.features import main as features
 from train.finetune import main as finetune
@@ -224,3 +225,13 @@ def test_the_loss_falls(videos, tmp_path):
     assert losses[-1] < 0.75 * losses[0]
     # chance is 16.7
     assert sum(line["contrast_top1"] for line in seen[-3:]) / 3 > 40
+
+
+def test_refuses_processes_that_would_part_a_videos_views(videos, tmp_path, monkeypatch):
+    """9 clips of each of 8: a pair would be torn."""
+    monkeypatch.setattr(moco, "processes", lambda: (0, 8))
+    config = replace(MOCO["demo"](), batch_size=36)
+    with pytest.raises(
+        ValueError, match="36 videos cannot be shared equally by 8 processes: give another --batch-size"
+    ):
+        Contrasting(config)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from train import machine
 from train.distributed import World
 from train.finetune_recipes import FINETUNE
 from train.machine import free_memory, pick_device
@@ -144,3 +145,14 @@ def test_the_command_refuses_what_is_no_memory(memory, capsys):
         main(["--gpu-memory", memory])
     assert end.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_a_container_keeps_of_files_is_free_memory(tmp_path, monkeypatch):
+    for name, text in {
+        "memory.max": "3000000\n",
+        "memory.current": "2900000\n",
+        "memory.stat": "anon 400000\ninactive_file 2000000\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(machine, "_CONTAINER", tmp_path)
+    assert free_memory(torch.device("cpu")) == 2_100_000

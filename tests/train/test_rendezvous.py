@@ -55,6 +55,7 @@ def test_who_does_not_come_is_named(shared):
     with pytest.raises(RuntimeError, match="processes 1, 2 of 3 have not come") as end:
         new_store(0, 3, timedelta(seconds=0.01))
     assert is_of_others(end.value)
+    assert not is_of_others(RuntimeError("a data worker failed on Task('/igloo/a.mp4'):\nKeyError: 'gloo'"))
     # what asked in an earlier attempt has its answer, and nobody who is gone gets this one's
     with pytest.raises(RuntimeError, match="process 0 of 3 has not come"):
         new_store(1, 3, timedelta(seconds=0.01))

@@ -272,3 +272,9 @@ def test_writing_leaves_the_old_file_or_the_new_one(tmp_path):
         assert reader.read() == "old"
     assert path.read_text() == "new"
     assert os.listdir(path.parent) == ["a"]
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    torch.save({"norm.weight": torch.ones(2)}, tmp_path / "a.pth")
+    assert_same(read("~/a.pth").tensors, {"norm.weight": torch.ones(2)})

@@ -55,8 +55,14 @@ class VideoList:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that change with any path's name, their order or number."""
-        return hashlib.sha256("\n".join(self.paths).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        """16 hex digits that change with any video's name, their order or number; a set that moved keeps them."""
+        return hashlib.sha256("\n".join(names_below(self.paths)).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def names_below(paths: Sequence[str]) -> list[str]:
+    """Paths relative to the folder that holds them all."""
+    start = os.path.commonprefix([min(paths), max(paths)]).rfind("/") + 1 if paths else 0
+    return [path[start:] for path in paths]
 
 
 def find_videos(source: str | Path, root: str | Path | None = None) -> VideoList:
@@ -123,8 +129,15 @@ def _walk(root: Path) -> tuple[list[str], list[str]]:
             below.clear()
             continue
         seen.add(real)
+        # what a Mac leaves beside every file has the file's suffix
+        below[:] = [name for name in below if not _is_hidden(name)]
+        names = [name for name in names if not _is_hidden(name)]
         found += [os.path.join(folder, name) for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
     return found, notes
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
 
 @dataclass(frozen=True)

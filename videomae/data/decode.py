@@ -13,11 +13,12 @@ import math
 import os
 from array import array
 from bisect import bisect_left, bisect_right
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice, pairwise
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import av
@@ -116,9 +117,11 @@ class Video:
         times = self._times
         if not times:
             return min(max(math.ceil(seconds * self.rate - 0.5), 0), len(self) - 1)
+        if len(times) == 1:
+            return 0
         wanted = times[0] + seconds / self._index.unit
         after = min(max(bisect_left(times, wanted), 1), len(times) - 1)
-        return after - 1 if len(times) == 1 or wanted - times[after - 1] <= times[after] - wanted else after
+        return after - 1 if wanted - times[after - 1] <= times[after] - wanted else after
 
     @property
     def _times(self) -> "array[int]":
@@ -187,6 +190,41 @@ class _Index(NamedTuple):
     rate: float  # frames a second
     unit: float  # seconds, of times
 
+    @property
+    def bytes(self) -> int:
+        """That it takes, about."""
+        return 1000 + 8 * len(self.times) + 150 * len(self.keys)
+
+
+class _Indexes:
+    """What was read of files, but for those used longest ago when there are too many: a file is read again in every
+    epoch."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit, self._held = limit_bytes, 0
+        self._found: OrderedDict[tuple[str, int, int], _Index] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, path: str, changed: int, size: int) -> _Index:
+        """The name may have become another file's, of another time or size. Raises UnreadableVideo."""
+        key = path, changed, size
+        with self._lock:
+            if key in self._found:
+                self._found.move_to_end(key)
+                return self._found[key]
+        found = _read_index(path)
+        with self._lock:
+            if key not in self._found:
+                self._found[key] = found
+                self._held += found.bytes
+            while self._held > self._limit and len(self._found) > 1:
+                self._held -= self._found.popitem(last=False)[1].bytes
+        return found
+
+
+# the 299 movies of AVA take 80 MB, 25,000 clips of 300 frames as much
+_indexes = _Indexes(100_000_000)
+
 
 def _index(path: str) -> _Index:
     """Raises UnreadableVideo when the file is missing, is no video, or has no frame to show."""
@@ -196,12 +234,10 @@ def _index(path: str) -> _Index:
         raise UnreadableVideo(path, "no such file") from error
     except (OSError, ValueError) as error:
         raise UnreadableVideo(path, _reason(error)) from error
-    return _read_index(path, found.st_mtime_ns, found.st_size)
+    return _indexes.get(path, found.st_mtime_ns, found.st_size)
 
 
-# a file is read again in every epoch, and its name may become another's. 8,192 of 300 frames take 20 MB
-@lru_cache(maxsize=8192)
-def _read_index(path: str, changed: int, size: int) -> _Index:
+def _read_index(path: str) -> _Index:
     try:
         with av.open(path, metadata_errors="replace") as container:
             stream = _stream(path, container)

@@ -46,6 +46,8 @@ def first_frame(path: str | Path) -> tuple[int, int, float | None]:
         with av.open(str(path), metadata_errors="replace") as container:
             # one thread, as one frame is wanted
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise UnreadableVideo(path, "its codec is not known here")
             stream.thread_type, stream.codec_context.thread_count = "NONE", 1
             for frame in container.decode(stream):
                 turned = frame.rotation % 180 != 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kernels.launch import check
 from videomae.data import shards, storage
-from videomae.data.dataset import NoSplit, VideoList, find_videos
+from videomae.data.dataset import NoSplit, VideoList, find_videos, names_below
 
 CLASSES = "classes.txt"
 # the lists and folders that serve as a split, best first: many data sets have one of val and test
@@ -51,9 +51,7 @@ class LabelledVideos:
 
         Names are relative to the folder that holds all videos: a set that moved as a whole keeps its fingerprint.
         """
-        paths = self.videos.paths
-        start = os.path.commonprefix([min(paths), max(paths)]).rfind("/") + 1 if paths else 0
-        rows = [f"{label} {path[start:]}" for path, label in zip(paths, self.labels, strict=True)]
+        rows = [f"{label} {name}" for name, label in zip(names_below(self.videos.paths), self.labels, strict=True)]
         text = "\n".join((*self.classes, "", *rows))
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
@@ -127,6 +125,11 @@ def _find(home: str, split: str, names: tuple[str, ...] | None, root: str | Path
         raise NoSplit(
             f"no {split} videos in {home}: add {split}.csv (`path label` a line) or {split}/ of class folders"
         )
+    below = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    check(
+        not {"train"} < set(below) <= {"train", "val", "test", split},
+        f"no labels in {home}: {' and '.join(below)} have no folders of classes, and no {split}.csv names any",
+    )
     return _in_class_folders(folder, names, root, folder)
 
 

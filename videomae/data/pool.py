@@ -182,7 +182,8 @@ class Pool:
         now = time.monotonic()
         # after what arrived was heard: a task that is done is not late, however long this process was stopped
         for worker in [w for w in self._workers if now > w.deadline(self._timeout)]:
-            settled.append(self._replace(worker, f"took longer than {self._timeout:g} s"))
+            limit = self._timeout if worker.ready else _START_LIMIT
+            settled.append(self._replace(worker, f"took longer than {limit:g} s"))
         for worker in [w for w in self._workers if w.left == 0 and not w.tasks]:
             worker.end()
             self._workers[self._workers.index(worker)] = self._start(self._lifetime)
@@ -219,11 +220,14 @@ class Pool:
         code = worker.end()
         if not worker.ready:
             self._failed_starts += 1
-            killed = code < 0 and reason is None  # from outside, perhaps for want of memory: another may come through
-            if not killed or self._failed_starts > _STARTS_TO_FAIL:
-                raise RuntimeError(f"a data worker could not start: {_describe(code)}; what it printed stands above")
+            # killed for want of memory, or by us, on a disk that many wait for: another may come through
+            if code >= 0 or self._failed_starts > _STARTS_TO_FAIL:
+                why = f"{_describe(code)}; what it printed stands above" if reason is None else reason
+                raise RuntimeError(f"a data worker could not start: {why}")
         lost = None
-        if worker.tasks and reason is None and code == -signal.SIGKILL and worker.tasks[0] not in self._tried:
+        if not worker.ready and reason is not None:
+            pass  # its tasks are not to blame
+        elif worker.tasks and reason is None and code == -signal.SIGKILL and worker.tasks[0] not in self._tried:
             self._tried.append(worker.tasks[0])
         elif worker.tasks:
             lost = Outcome(worker.finish(), lost=reason or f"the worker decoding it died ({_describe(code)})")

@@ -183,7 +183,8 @@ def sweep(plan: Plan, shards: Sequence[int]) -> None:
     for path in plan.out.glob(".shard-*.tmp"):
         if int(path.name.split(".")[1].removeprefix("shard-")) in mine:
             path.unlink(missing_ok=True)
-    for path in plan.work.iterdir():
+    # another part, the last, removes the folder
+    for path in list(plan.work.iterdir()) if plan.work.is_dir() else []:
         number = re.match(r"\.?(\d{8})\.", path.name)
         shard = int(number[1]) // plan.shard_videos if number else -1
         if shard in mine and (path.name.endswith(".tmp") or plan.is_done(shard)):

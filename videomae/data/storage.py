@@ -295,11 +295,12 @@ class Cache:
     def __init__(self, folder: str | Path, limit_bytes: int) -> None:
         """Raises ValueError when the folder cannot be made or written, or the limit is below 16 blocks."""
         check(limit_bytes >= 16 * BLOCK, f"the cache needs room for 16 blocks, {16 * BLOCK} bytes; got {limit_bytes}")
-        self._folder, self._limit = Path(folder).expanduser(), limit_bytes
+        self._limit = limit_bytes
         try:
+            self._folder = Path(folder).expanduser()
             with self._ledger() as ledger:
                 self._make_room(ledger, 0)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # the latter of a user without a home
             raise ValueError(f"the cache folder {folder} cannot be used: {error}") from error
 
     def get(self, name: str, size: int) -> bytes | None:

@@ -11,6 +11,7 @@ from tests.videos import moving_frames, write_video
 from videomae.data.augment import Augment
 from videomae.data.dataset import Order, Sample, find_videos, mask_keys
 from videomae.data.decode import UnreadableVideo, Video
+from videomae.data.labelled import find_labelled
 from videomae.data.readers import ClipReader
 
 
@@ -78,6 +79,18 @@ def test_the_fingerprint_follows_the_paths(tmp_path):
         (tmp_path / "list").write_text(text)
         prints.add(find_videos(tmp_path / "list").fingerprint)
     assert len(prints) == 3
+    # a set that moved is the same
+    (tmp_path / "list").write_text("elsewhere/on disk/b.mp4\nelsewhere/on disk/a.mp4\n")
+    assert find_videos(tmp_path / "list").fingerprint in prints
+
+
+def test_what_a_mac_leaves_beside_its_files_is_no_video(tmp_path):
+    for name in ("a/1.mp4", "a/._1.mp4", "__MACOSX/a/._1.mp4", ".hidden/2.mp4", "b/2.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    paths = find_videos(tmp_path).paths
+    assert [os.path.relpath(path, tmp_path) for path in paths] == ["a/1.mp4", "b/2.mp4"]
+    assert find_labelled(tmp_path).classes == ("a", "b")
 
 
 def test_each_epoch_is_a_permutation_and_batches_cross_epochs():

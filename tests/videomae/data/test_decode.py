@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tests.videos import moving_frames, write_video
-from videomae.data.decode import Decoder, UnreadableVideo, Video
+from videomae.data.decode import Decoder, UnreadableVideo, Video, _Indexes, _read_index
 
 DECORD = Decoder("decord")
 
@@ -191,3 +191,21 @@ def test_a_name_that_becomes_another_file_is_read_anew(tmp_path):
     write_video(tmp_path / "b.mp4", moving_frames(30, seed=1)).rename(path)
     assert len(Video(path)) == 30
     assert Video(path).read([29]).shape[0] == 1
+
+
+def test_the_only_frame_is_nearest_to_any_time(tmp_path):
+    video = Video(write_video(tmp_path / "one.mp4", moving_frames(1)))
+    assert [video.at(seconds) for seconds in (-1, 0, 0.02, 7)] == [0] * 4
+
+
+def test_remembers_files_up_to_a_limit(tmp_path):
+    paths = [str(write_video(tmp_path / f"{n}.mp4", moving_frames(n))) for n in (3, 4, 5)]
+    bytes_of_two = sum(_read_index(path).bytes for path in paths[1:])
+    indexes = _Indexes(bytes_of_two)
+    first = [indexes.get(path, 0, 0) for path in paths]
+    assert [index.num_frames for index in first] == [3, 4, 5]
+    assert indexes.get(paths[1], 0, 0) is first[1]
+    assert indexes.get(paths[2], 0, 0) is first[2]
+    assert indexes.get(paths[0], 0, 0) is not first[0]
+    assert indexes.get(paths[1], 0, 0) is not first[1]  # used longest ago
+    assert indexes.get(paths[1], 1, 0).num_frames == 4

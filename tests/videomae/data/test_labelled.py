@@ -285,3 +285,11 @@ def test_reads_prepared_sets(tmp_path, capsys):
         find_labelled(tmp_path / "set" / "train", "val", like=find_labelled(tmp_path / "set" / "train"))
     with pytest.raises(ValueError, match="no prepared set at"):
         find_labelled(f"file://{tmp_path}/videos")
+
+
+def test_splits_without_classes_are_no_classes(tmp_path):
+    for name in ("train/1.mp4", "val/2.mp4"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"no labels in .*: train and val have no folders of classes"):
+        find_labelled(tmp_path)

@@ -1,5 +1,10 @@
 """Where movies are found: which of several places, files and folders is taken. Reading them: test_key_frames.py."""
 
+import pytest
+
+from tests.videos import moving_frames, write_video
+from videomae.data.decode import UnreadableVideo
+from videomae.data.facts import first_frame
 from videomae.data.movies import find_movies
 
 
@@ -37,3 +42,10 @@ def test_annotations_may_have_a_folder_beside_the_movies(tmp_path):
     touch(tmp_path / "movies" / "a.mp4", tmp_path / "annotations" / "ava_val_v2.2.csv")
     assert find_movies(tmp_path / "annotations", None, ["a"])[0] == {"a": str(tmp_path / "movies" / "a.mp4")}
     assert find_movies(tmp_path / "movies", None, ["a"]) == ({}, [])
+
+
+def test_a_codec_that_nobody_knows_is_said(tmp_path):
+    path = write_video(tmp_path / "a.mp4", moving_frames(5))
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz"))
+    with pytest.raises(UnreadableVideo, match="its codec is not known here"):
+        first_frame(path)

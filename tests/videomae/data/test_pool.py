@@ -1,5 +1,6 @@
 """A pool of workers: whatever one of them does, every task is settled once, by name, and the others go on."""
 
+import math
 import os
 import time
 from collections import Counter
@@ -8,6 +9,7 @@ import pytest
 
 from tests.services import Odd, OddJobs, OpenByDecord
 from tests.videos import moving_frames, write_video
+from videomae.data import pool
 from videomae.data.pool import Pool, perform_all
 
 
@@ -101,3 +103,25 @@ def test_leaves_no_process_behind():
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_a_start_that_takes_too_long_is_tried_again_and_its_tasks_are_not_to_blame(monkeypatch):
+    """From a disk that many workers read at once."""
+    started = []
+
+    def deadline(worker, timeout):
+        if worker not in started:
+            started.append(worker)
+        return 0 if not worker.ready and started.index(worker) < 3 else math.inf
+
+    monkeypatch.setattr(pool._Worker, "deadline", deadline)
+    by_task, count, _ = settle_all([Odd("work", n) for n in range(4)])
+    assert count == 4
+    assert all(outcome.lost is None for outcome in by_task.values())
+    assert len(started) == 5
+
+
+def test_starts_that_all_take_too_long_are_given_up(monkeypatch):
+    monkeypatch.setattr(pool, "_START_LIMIT", 0.01)
+    with pytest.raises(RuntimeError, match=r"a data worker could not start: took longer than 0.01 s"):
+        settle_all([Odd("work", 1)])

@@ -349,6 +349,8 @@ def test_refuses_a_cache_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cache folder .* cannot be used"):
         storage.configure(CacheConfig(str(tmp_path / "file" / "cache"), 1.0))
+    with pytest.raises(ValueError, match="cache folder ~nobody-of-this-name/cache cannot be used"):
+        storage.configure(CacheConfig("~nobody-of-this-name/cache", 1.0))
     with pytest.raises(ValueError, match=r"at least 0\.005 gigabytes; got 0\.001"):
         CacheConfig(str(tmp_path), 0.001)
     with pytest.raises(ValueError, match="needs a folder"):
