@@ -100,7 +100,7 @@ def _origin(record: Record) -> str:
 
 
 def _short(commits: Sequence[str]) -> str:
-    return ", ".join(commit[:7] for commit in commits) or "unknown"
+    return ", ".join(dict.fromkeys(commit[:7] for commit in commits)) or "unknown"
 
 
 def verdict(first: str, second: str, rows: Sequence[Found]) -> str:
