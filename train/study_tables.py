@@ -204,8 +204,8 @@ VIDEOS = Table(
     ),
     order=(("all 4,800", "75"),),
     why="The run on 1,200 videos is far behind both others, though its loss is lower than the whole set's, and no "
-    "number of videos explains that: at the chosen rate some runs here end with a worse encoder by chance (a seed of tubes of "
-    "90 % is 11 points below its others), and this is one seed. 75 videos are seen 512 times each.",
+    "number of videos explains that: at the chosen rate some runs here end with a worse encoder by chance (a seed of "
+    "tubes of 90 % is 11 points below its others), and this is one seed. 75 videos are seen 512 times each.",
     axis="videos",
     losses=True,
 )
