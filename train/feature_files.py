@@ -149,11 +149,9 @@ def _drop_half_a_line(path: Path) -> None:
 def settle_card(out: Path, card: Mapping[str, Any]) -> None:
     """Write what the features depend on, or compare with what is there. Raises ValueError when they differ."""
     path = out / CARD
-    if not path.exists():
-        others = [entry.name for entry in out.iterdir() if not entry.name.startswith(".")] if out.is_dir() else []
-        if CARD in others:  # another part was faster
-            settle_card(out, card)
-            return
+    # looked at once: another part may write the card at any moment
+    others = [entry.name for entry in out.iterdir() if not entry.name.startswith(".")] if out.is_dir() else []
+    if CARD not in others:
         check(not others, f"{out} holds other things ({others[0] if others else ''}); give a folder of its own")
         out.mkdir(parents=True, exist_ok=True)
         temporary = out / f".{CARD}.{os.getpid()}.tmp"

@@ -225,11 +225,9 @@ class Pool:
                 why = f"{_describe(code)}; what it printed stands above" if reason is None else reason
                 raise RuntimeError(f"a data worker could not start: {why}")
         lost = None
-        if not worker.ready and reason is not None:
-            pass  # its tasks are not to blame
-        elif worker.tasks and reason is None and code == -signal.SIGKILL and worker.tasks[0] not in self._tried:
+        if worker.tasks and reason is None and code == -signal.SIGKILL and worker.tasks[0] not in self._tried:
             self._tried.append(worker.tasks[0])
-        elif worker.tasks:
+        elif worker.tasks and (worker.ready or reason is None):  # a task is not to blame for a slow start
             lost = Outcome(worker.finish(), lost=reason or f"the worker decoding it died ({_describe(code)})")
         self._waiting.extendleft(reversed(worker.tasks))
         self._workers[self._workers.index(worker)] = self._start(self._lifetime)

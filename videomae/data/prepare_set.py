@@ -183,8 +183,11 @@ def sweep(plan: Plan, shards: Sequence[int]) -> None:
     for path in plan.out.glob(".shard-*.tmp"):
         if int(path.name.split(".")[1].removeprefix("shard-")) in mine:
             path.unlink(missing_ok=True)
-    # another part, the last, removes the folder
-    for path in list(plan.work.iterdir()) if plan.work.is_dir() else []:
+    try:
+        left = list(plan.work.iterdir())
+    except FileNotFoundError:  # another part was the last, and removed it
+        left = []
+    for path in left:
         number = re.match(r"\.?(\d{8})\.", path.name)
         shard = int(number[1]) // plan.shard_videos if number else -1
         if shard in mine and (path.name.endswith(".tmp") or plan.is_done(shard)):
