@@ -14,6 +14,7 @@ import sys
 import pytest
 import torch
 
+from tests.conftest import ROOT
 from tests.runs import FAST, metrics, wait_for, weights
 from tests.train.test_finetune import ALL
 from tests.train.test_finetune import FAST as FAST_FINETUNE
@@ -373,3 +374,28 @@ def rank_of(pid):
     with open(f"/proc/{pid}/environ", "rb") as file:
         variables = dict(line.split(b"=", 1) for line in file.read().split(b"\0") if b"=" in line)
     return int(variables.get(b"RANK", b"-1"))
+
+
+@LONG
+def test_a_barrier_waits_as_long_as_patience_says(tmp_path):
+    """3 seconds, and neither torch's half an hour nor until the other comes."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import time\n"
+        "from train.distributed import joined\n"
+        "with joined('cpu', 0.05) as world:\n"
+        "    if world.rank:\n"
+        "        time.sleep(15)\n"
+        "    else:\n"
+        "        since = time.monotonic()\n"
+        "        try:\n"
+        "            world.meet()\n"
+        "        except RuntimeError as error:\n"
+        "            print('Ranks 1 failed' in str(error), time.monotonic() - since)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    told = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120).stdout
+    named, seconds = told.split()
+    assert named == "True"
+    assert 2.5 < float(seconds) < 10
