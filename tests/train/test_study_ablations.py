@@ -1,6 +1,7 @@
 """The ablation study: which runs its tables need, and what is made of their results."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -16,6 +17,8 @@ from train.study_ablations import LABELS as LABELLED
 from train.study_records import read_records
 from train.study_rows import StudyConfig
 from train.study_tables import DEPTH, LABELS, MASKS, START, TABLES
+
+FIGURE = r"(?<![\d.])\d+\.\d(?!\d)"
 
 
 @pytest.fixture
@@ -235,3 +238,16 @@ def test_the_committed_page_says_what_its_records_hold_and_why_an_order_differs(
         means = {row.line.title: row.mean for row in record.rows}
         others = [pair for pair in table.order if means[pair[0]] <= means[pair[1]] - 0.05]
         assert not others or len(table.why) > 40, f"{table.name}: {others} are not in the paper's order; why?"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/studies.md"])
+def test_the_documentation_has_the_figures_of_the_records(page):
+    tables = re.findall(FIGURE, (ROOT / "results" / "ablations" / "README.md").read_text())
+    text = (ROOT / page).read_text()
+    if page == "docs/studies.md":
+        text = text[text.index("How training starts") :]  # all of it is about these tables
+    else:
+        text = "\n".join(line for line in text.splitlines() if "MoCo v3" in line and "±" in line)
+    figures = re.findall(FIGURE, text)
+    assert len(figures) >= 4
+    assert [figure for figure in figures if figure not in tables] == []
