@@ -24,7 +24,9 @@ LOG2_E = 1.4426950408889634
 
 def _forward_tile(target: Target, dtype: torch.dtype, V: int, d: int) -> Tile:
     """A program per ROWS queries; COLS keys at a time."""
-    return {"ROWS": 64, "COLS": 32 if dtype == torch.float32 else 64, "num_warps": 4, "num_stages": 2}
+    if dtype == torch.float32:
+        return {"ROWS": 64, "COLS": 32, "num_warps": 8, "num_stages": 2}
+    return {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 2}
 
 
 def _backward_tile(target: Target, dtype: torch.dtype, V: int, d: int) -> Tile:
@@ -35,15 +37,16 @@ def _backward_tile(target: Target, dtype: torch.dtype, V: int, d: int) -> Tile:
     """
     whole = max(64, triton.next_power_of_2(V))
     if dtype == torch.float32:
-        return {"ROWS": 32, "COLS": 32, "num_warps": 4, "num_stages": 1}
+        return {"ROWS": 32 if d <= 96 else 16, "COLS": 32, "num_warps": 8, "num_stages": 1}
     if target.capability not in (90, 100, 103):
         if whole <= 128:
             return {"ROWS": whole, "COLS": 16, "num_warps": 8, "num_stages": 1}
         return {"ROWS": 32, "COLS": 64 if d <= 64 else 32, "num_warps": 4, "num_stages": 1}
-    if whole <= (256 if d <= 64 or target.capability == 90 else 128):
+    if whole <= (256 if d <= (96 if target.capability == 90 else 64) else 128):
         warps = 8 if whole == 256 or d > 64 else 4
         return {"ROWS": whole, "COLS": 32, "num_warps": warps, "num_stages": 1}
-    return {"ROWS": 64, "COLS": 64 if d <= 64 or target.capability != 90 else 32, "num_warps": 4, "num_stages": 1}
+    warps = 8 if d > 96 and target.capability == 90 else 4
+    return {"ROWS": 64, "COLS": 64 if d <= 64 or target.capability != 90 else 32, "num_warps": warps, "num_stages": 1}
 
 
 def attention_ref(qkv: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def _forward_tile(target: Target, dtype: torch.dtype, D: int, K: int) -> Tile:
 def _backward_tile(target: Target, dtype: torch.dtype, D: int, K: int) -> Tile:
     """OUTER columns of dY by COLS pixels of a cube, ROWS cubes at a time."""
     if dtype == torch.float32:
-        return {"OUTER": 64, "COLS": 64, "ROWS": 32, "num_warps": 4, "num_stages": 2}
+        return {"OUTER": 64, "COLS": 64, "ROWS": 16, "num_warps": 8, "num_stages": 2}
     # without wgmma or tcgen05 the operands take registers too: 128 columns spill on sm_120
     outer = 128 if target.capability in (90, 100, 103) else 64
     return {"OUTER": outer, "COLS": 128, "ROWS": 64, "num_warps": 8, "num_stages": 3}

@@ -107,7 +107,8 @@ def _fill(folder: Path, snapshot: Snapshot) -> None:
     from torch.distributed.checkpoint import FileSystemWriter
     from torch.distributed.checkpoint import save as save_distributed
 
-    writer = FileSystemWriter(folder / _OPTIMIZER, sync_files=True)
+    # copied to the host before; copying ahead would wait for the training's stream, every 10 MB
+    writer = FileSystemWriter(folder / _OPTIMIZER, sync_files=True, per_thread_copy_ahead=0)
     save_distributed(dict(snapshot.optimizer), storage_writer=writer, no_dist=True)
     with open(folder / "state.pt", "wb") as file:
         torch.save({**snapshot.state, "step": snapshot.step}, file)

@@ -10,6 +10,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import einops
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -77,13 +78,20 @@ def _correction(real: int, clips: int) -> tuple[float, bool]:
     return clips / real if 0 < real < clips else 1.0, real == 0
 
 
+def compiled(objective: Objective, backend: str = "inductor") -> Objective:
+    """By torch.compile, in one piece. Once: einops finds out about tensors at its first use, and what was compiled
+    before that would be compiled again."""
+    einops.rearrange(torch.empty(0), "a -> a")
+    return torch.compile(objective, fullgraph=True, dynamic=False, backend=backend)
+
+
 class Compiled(Engine):
     """The objective, forward and backward, by torch.compile in one piece; the optimiser's fused kernel as it is."""
 
     fixed = True
 
     def __init__(self, objective: Objective, updater: Updater, backend: str = "inductor") -> None:
-        super().__init__(torch.compile(objective, fullgraph=True, dynamic=False, backend=backend), updater)
+        super().__init__(compiled(objective, backend), updater)
 
     def micro_batch(self, inputs: Mapping[str, Tensor], share: float, last: bool = True) -> None:
         # a number would be compiled in, and every other share anew
@@ -193,8 +201,11 @@ class CudaRecorder:
     def capture(self, function: Callable[[], Any]) -> Callable[[], None]:
         gc.collect()  # torch.cuda.graph then empties the cache, so that its pool can have what warming up took
         graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads may go on allocating
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        # thread_local: other threads may go on allocating; the stream by itself, as a capture that fails leaves its own
+        with (
+            torch.cuda.stream(self._stream),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+        ):
             function()
         return graph.replay
 
@@ -295,7 +306,7 @@ def make_parallel(
     if is_spread(model):
         return Sharded(objective, updater, model, stop)
     if name == "compile":
-        objective = torch.compile(objective, fullgraph=True, dynamic=False)
+        objective = compiled(objective)
     engine = DataParallel(objective, updater, model, stop)
     engine.fixed = name == "compile"
     return engine

@@ -28,7 +28,7 @@ from train.optim import PRECISIONS
 from train.run import Run
 from train.unlabelled import UnlabelledVerb
 from train.verb import counts_of_tokens
-from videomae.blocks import set_recompute
+from videomae.blocks import set_attention, set_recompute
 from videomae.command_line import run_main
 from videomae.data.augment import Augment
 from videomae.data.contrast import ContrastReader
@@ -181,6 +181,7 @@ class Contrasting(UnlabelledVerb[MocoConfig]):
     def _momentum_of(self, model: Contrasted) -> MomentumEncoder:
         if self._momentum is None:
             self._momentum = momentum_encoder_of(model)
+            set_attention(self._momentum, self.config.attention)
         return self._momentum
 
     def reader(self) -> ContrastReader:

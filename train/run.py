@@ -46,6 +46,7 @@ _FREE = (
     "precision",  # told apart by what it comes to
     *("engine", "parallel", "attention", "model.recompute", "model.short_last_layer"),
 )
+_CONTEXT = 500_000_000  # bytes of a GPU that a worker takes whose decoder is there, about; unmeasured
 _FREE_SECTIONS = ("loader.", "log.", "checkpoint.", "probe.")
 
 
@@ -146,7 +147,8 @@ def _prepared(verb: Verb, out: Path, claim: Claim | None, world: World) -> tuple
     set_attention(model, config.attention)
     # memory may be another today; the same run takes the same sums
     at_most = found[1]["micro_batch"] if found and config.resume == "auto" else None
-    plan = _plan(verb, model, device, precision, world, at_most)
+    workers = config.workers if config.workers is not None else decoding_cores(device, world.local_size)
+    plan = _plan(verb, model, device, precision, world, _budget(config, device, world, workers), at_most)
     lengths = _schedule(config, len(videos))
     world.check_same(settings=_without_place(config), videos=verb.fingerprint(videos), plan=plan, schedule=lengths)
     if found:
@@ -164,7 +166,6 @@ def _prepared(verb: Verb, out: Path, claim: Claim | None, world: World) -> tuple
         verb.load_extra_state(path, state, model)
         torch.set_rng_state(state["rng"])
         start = state["step"]
-    workers = config.workers if config.workers is not None else decoding_cores(device, world.local_size)
     objective = verb.objective(model, precision)
     run = Run(
         *(verb, config, out, videos, device, precision, workers, plan, lengths, model, objective, updater),
@@ -187,16 +188,21 @@ def _agreed_checkpoint(
     return found if found or path is None else (path, checkpoint.read_state(path))
 
 
+def _budget(config: RunConfig, device: torch.device, world: World, workers: int) -> int:
+    """Bytes for a step in this process: what its workers take, where their decoders are on its GPU, is not free."""
+    return memory_budget(device, world.local_size) - (workers * _CONTEXT if config.data.device == "cuda" else 0)
+
+
 def _plan(
-    verb: Verb, model: nn.Module, device: torch.device, precision: str, world: World, at_most: int | None
+    verb: Verb, model: nn.Module, device: torch.device, precision: str, world: World, budget: int, at_most: int | None
 ) -> BatchPlan:
-    """at_most: the largest micro-batch, where memory is not to decide."""
+    """budget: bytes for a step in this process; at_most: the largest micro-batch, where memory is not to decide."""
     config = verb.config
     work = verb.workload(sum(p.numel() for p in model.parameters()), precision, device.type)
     return plan_batch(
         config.clips_per_step,
         of_one_process(work, config.parallel, world.size),
-        budget=world.least(memory_budget(device, world.local_size)),
+        budget=world.least(budget),
         micro_batch=config.micro_batch,
         together=verb.together,
         processes=world.size,

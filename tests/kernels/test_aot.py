@@ -68,6 +68,15 @@ def test_half_precision_compiles_as_designed():
     assert_as_designed(report("--dtype", "fp16"))
 
 
+@pytest.mark.long
+def test_single_precision_compiles_without_a_spill():
+    built = report("--arch", "90", "--size", "vit_base", "--dtype", "fp32")
+    assert "attention_forward_fp32_d64_ROWS64" in {kernel["name"] for kernel in built}
+    room = target_for(90).shared_bytes
+    spilled = [k["name"] for k in built if k["stack_bytes"] > 0 or k["shared_bytes"] > room]
+    assert not spilled
+
+
 def kept():
     """Names in the table that is kept; stale otherwise: `python -m kernels.aot.report --write`."""
     lines = RESULTS.read_text().splitlines()

@@ -28,6 +28,16 @@ def save(folder, step, model, state, keep):
     return checkpoint.write(folder, taken, Checkpointing(keep=keep))
 
 
+def test_writing_never_waits_for_what_a_gpu_computes(tmp_path, model, monkeypatch):
+    def waits(*_, **__):
+        raise AssertionError("what copies ahead waits for the current stream")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem._OverlappingCpuLoader", waits)
+    save(tmp_path, 7, model, STATE | {"rng": torch.get_rng_state()}, keep=2)
+    assert checkpoint.latest(tmp_path)[1]["step"] == 7
+
+
 @contextlib.contextmanager
 def no_file_past(size):
     """As on a full disk: no file can grow past so many bytes."""

@@ -82,7 +82,14 @@ def test_losses_and_weights_agree_on_a_gpu(name, parts):
     def make(objective, updater):
         return make_engine(name, objective, updater)
 
-    assert_same(train(make, parts, **changes), train(Engine, parts, **changes), rtol=2e-2)
+    one, other = train(make, parts, **changes), train(Engine, parts, **changes)
+    torch.testing.assert_close(one[0], other[0], rtol=2e-2, atol=0)
+    # where a gradient is near 0, AdamW makes a whole step of its rounding: weights are compared all together
+    way = torch.cat([(x.detach().cpu() - other[1][name]).flatten() for name, x in start(Engine)[0].named_parameters()])
+    apart = torch.cat([(x - other[1][name]).flatten() for name, x in one[1].items()])
+    assert apart.norm() < 2e-2 * way.norm()
+    changes["autocast"] = None
+    assert_same(train(make, parts, **changes), train(Engine, parts, **changes))
 
 
 def test_a_step_with_an_unreadable_clip_is_corrected_outside_the_graph():

@@ -22,6 +22,7 @@ from train.finetune import main as finetune
 from train.moco import Contrasting, ContrastObjective, main
 from train.moco_recipes import MOCO
 from train.probe import main as probe
+from videomae.blocks import Attention
 from videomae.moco import Contrasted, momentum_at, momentum_encoder_of
 from videomae.model import Input, size_of
 
@@ -145,6 +146,12 @@ def test_leaves_weights_that_other_commands_take_and_says_how_views_are_found(vi
     common = ["--weights", str(out), "--out", str(tmp_path / "probe"), "--workers", "0"]
     assert probe(["--data", str(videos), "--method", "knn", *common]) == 0
     assert features([str(videos), *common[:2], "--out", str(tmp_path / "features"), "--workers", "0"]) == 0
+
+
+def test_the_encoder_of_keys_attends_as_asked():
+    verb = Contrasting(replace(MOCO["demo"](), attention="triton"))
+    momentum = verb.objective(verb.build(), "float32").momentum
+    assert {module.backend for module in momentum.modules() if isinstance(module, Attention)} == {"triton"}
 
 
 @LONG

@@ -16,7 +16,7 @@ from train.memory import Workload, estimate
 from train.plan import finetune_workload, main, plan_batch, workload
 from train.pretrain import Pretraining
 from train.recipes import PRETRAIN, build
-from train.run import _plan
+from train.run import _budget, _plan
 from videomae.blocks import RECOMPUTE
 from videomae.data.mix import Erasing
 from videomae.data.pool import available_cpus
@@ -67,17 +67,24 @@ def test_parts_no_group_of_clips_that_are_mixed(clips, together, most, micro):
         plan_batch(clips + 2, WORK, budget=budget, together=together)
 
 
-def test_spread_weights_leave_room_for_more_clips_at_a_time(monkeypatch):
+def test_decoders_on_a_gpu_leave_less_of_it(monkeypatch):
+    monkeypatch.setattr("train.run.memory_budget", lambda *_: 20 * 10**9)
+    config = PRETRAIN["demo"]()
+    beside = replace(config, data=replace(config.data, reader="torchcodec", device="cuda"))
+    budgets = [_budget(each, torch.device("cuda"), World(0, 8), 15) for each in (config, beside)]
+    assert budgets == [20 * 10**9, 12_500_000_000]
+
+
+def test_spread_weights_leave_room_for_more_clips_at_a_time():
     config = PRETRAIN["k400-base-800"]()
     config = replace(config, batch_size=256, model=replace(config.model, recompute="block"))
     with torch.device("meta"):
         model = build(config.model)
     shared = replace(workload(config, 94_210_944, "bfloat16"), spread_over=8)
-    monkeypatch.setattr("train.run.memory_budget", lambda *_: estimate(shared, 32).peak)
 
     def plan(parallel):
         verb = Pretraining(replace(config, parallel=parallel))
-        return _plan(verb, model, torch.device("cuda"), "bfloat16", World(0, 8), None)
+        return _plan(verb, model, torch.device("cuda"), "bfloat16", World(0, 8), estimate(shared, 32).peak, None)
 
     spread, whole = plan("fsdp"), plan("ddp")
     assert (spread.micro_batch, spread.accumulation, spread.fits) == (32, 1, True)

@@ -71,6 +71,13 @@ _START_LIMIT = 120.0  # seconds for a worker to import what it needs, from a slo
 _LIFETIME = 200_000
 
 
+def _own_gpu() -> str:
+    """Of the GPUs that this process sees, the one that it has, by torchrun's number of it: for CUDA_VISIBLE_DEVICES."""
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return visible[number] if number < len(visible) else str(number)
+
+
 class _Worker:
     """One process, its socket, and the tasks it has: the first is being worked on, the second waits."""
 
@@ -78,8 +85,7 @@ class _Worker:
         ours, theirs = socket.socketpair()
         # a worker decodes on one thread, and has no business on a GPU unless its decoder is there
         environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS="1")
-        if not see_gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = ""
+        environment["CUDA_VISIBLE_DEVICES"] = _own_gpu() if see_gpus else ""
         self.process = subprocess.Popen(
             [sys.executable, "-c", _START.format(arguments=[theirs.fileno(), os.getpid()])],
             env=environment,
@@ -135,7 +141,8 @@ class Pool:
     def __init__(
         self, service: Service, workers: int, timeout: float, *, see_gpus: bool = False, lifetime: int = _LIFETIME
     ) -> None:
-        """timeout: seconds that a worker may take for one task. see_gpus: leave the workers the GPUs there are.
+        """timeout: seconds that a worker may take for one task. see_gpus: leave the workers
+        the GPU that this process has.
         lifetime: tasks after which a worker makes room for a fresh one."""
         check(workers >= 1, f"workers must be at least 1; got {workers}")
         self._service, self._timeout, self._see_gpus, self._lifetime = service, timeout, see_gpus, lifetime

@@ -49,6 +49,20 @@ def test_every_task_may_be_bad():
     assert all("SIGKILL" in outcome.lost for outcome in by_task.values())
 
 
+@pytest.mark.parametrize(
+    ("number", "visible", "see_gpus", "seen"),
+    [(None, None, True, "0"), ("2", None, True, "2"), ("2", "4,5,GPU-6", True, "GPU-6"), ("2", "4,5,6", False, "")],
+)
+def test_workers_see_the_gpu_of_their_process_or_none(number, visible, see_gpus, seen, monkeypatch):
+    for name, value in (("LOCAL_RANK", number), ("CUDA_VISIBLE_DEVICES", visible)):
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    with Pool(OddJobs(), workers=1, timeout=60, see_gpus=see_gpus) as workers:
+        workers.put(Odd("GPUs", 0))
+        while not (settled := workers.settle()):
+            pass
+    assert [outcome.value for outcome in settled] == [seen]
+
+
 def test_a_bug_ends_it_with_the_workers_own_traceback():
     with pytest.raises(RuntimeError, match="number=2(?s:.)*KeyError: 'a bug'"):
         settle_all([Odd("raise" if n == 2 else "work", n) for n in range(4)])
